@@ -1,0 +1,130 @@
+"""Frozen configurations of a trial and of a study, validated on entry and written back as YAML.
+
+`TrialConfig` is what the search varies; `RunSettings` is what all trials of a study share, so that their numbers can
+be compared and their mini-batches shared. A front point's YAML is both a result and an input of a retrain.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tuner.errors import ConfigError
+
+
+class Frozen(BaseModel):
+    """Base of all configurations: immutable, and a mistyped key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, values: object, origin: str) -> Self:
+        """Validate plain values; `origin` names the file or flag in the error.
+
+        Raises:
+            ConfigError: with every offending field in one sentence.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{origin}: {describe_validation(error)}") from None
+
+
+def describe_validation(error: ValidationError) -> str:
+    """Turn pydantic's report into one line: `lora.rank: Input should be greater than 0 (got 0); ...`."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "value"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{field}: no such field")
+        else:
+            parts.append(f"{field}: {item['msg']} (got {item['input']!r})")
+    return "; ".join(parts)
+
+
+class LoraSpec(Frozen):
+    """Low-rank adaptation of the encoder (Hu et al. 2021, arXiv:2106.09685): W x + (alpha / rank) B A x."""
+
+    rank: int = Field(ge=1, description="rank r of A (r x in) and B (out x r)")
+    alpha_ratio: float = Field(default=2.0, gt=0, description="alpha divided by rank, so the scaling does not move with rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
+    targets: tuple[str, ...] = Field(min_length=1, description="linear layers of a block, by the family's names or aliases")
+    first_layer: int = Field(default=0, description="first adapted block; negative counts from the top (-1 = last block)")
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
+
+    @property
+    def alpha(self) -> float:
+        """The `lora_alpha` that PEFT is given."""
+        return self.alpha_ratio * self.rank
+
+
+class HeadSpec(Frozen):
+    """Projection from the pooled encoder state to the text embedding space, trained in fp32."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    hidden: int = Field(default=512, ge=1, description="width of the hidden layer of the mlp head")
+
+
+class OptimSpec(Frozen):
+    """AdamW with linear warm-up and cosine decay to zero; one learning rate for LoRA, one for head and logit scale."""
+
+    lora_lr: float = Field(default=1e-3, gt=0)
+    head_lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of all steps spent warming up")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="clipping by the global norm of one adapter's gradients")
+
+
+class LossSpec(Frozen):
+    """Contrastive loss against frozen text embeddings."""
+
+    kind: Literal["infonce", "siglip"] = "infonce"
+    temperature: float = Field(default=0.07, gt=0, description="initial (or fixed) temperature; logit_scale = 1 / temperature")
+    learn_temperature: bool = True
+
+
+class TrialConfig(Frozen):
+    """One point of a search space: everything that makes this adapter differ from the others of its study."""
+
+    lora: LoraSpec | None = None
+    head: HeadSpec = HeadSpec()
+    optim: OptimSpec = OptimSpec()
+    loss: LossSpec = LossSpec()
+    pooling: Literal["mean"] = "mean"
+    seed: int = Field(default=0, ge=0, description="initialisation and dropout stream of this adapter")
+
+
+class EncoderRef(Frozen):
+    """Which pretrained audio encoder, and how clips are given to it."""
+
+    source: str = Field(description="hub id, Hugging Face folder or faster-whisper folder")
+    pad_to_30s: bool = Field(default=False, description="the original fixed 30 s window instead of the clip's own length")
+
+
+class RunSettings(Frozen):
+    """What all trials of a study share."""
+
+    store: str = Field(description="prepared store (folder)")
+    encoder: EncoderRef
+    epochs: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=128, ge=2, description="clips per optimiser step, over all workers of a lane")
+    tokens_per_forward: int = Field(default=4096, ge=1, description="encoder tokens per forward pass: bounds padding and memory")
+    data_seed: int = Field(default=0, ge=0, description="order of clips and choice of captions, the same for all trials")
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML document with the safe loader.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML; names the line.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None

@@ -1,0 +1,44 @@
+"""What users see when their input is wrong: one picklable tree, one sentence each.
+
+Every error a user can cause derives from `TunerError`; the command line prints its message and exits with
+`exit_code`, without a traceback. Anything else is a bug of ours and keeps its traceback. The classes carry nothing
+but their message, so they survive pickling between Ray processes.
+"""
+
+
+class TunerError(Exception):
+    """Base of all errors a user can cause and mend. The message names the file, field or row and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(TunerError):
+    """A configuration value is missing, unknown or out of range."""
+
+
+class SpaceError(ConfigError):
+    """A search space file is unknown, mistyped or empty."""
+
+
+class PlacementError(ConfigError):
+    """A LoRA target does not exist on the encoding path of this encoder, or matches outside it."""
+
+
+class DataError(TunerError):
+    """A manifest, recording or prepared store cannot be used."""
+
+
+class EncoderError(TunerError):
+    """An encoder folder or checkpoint cannot be used."""
+
+
+class AdapterError(TunerError):
+    """An exported adapter does not fit the encoder or misses tensors."""
+
+
+class StudyError(TunerError):
+    """A study exists already, is unknown, or was started with other settings."""
+
+
+class TrialFailed(TunerError):
+    """One trial ended without a result (NaN loss, out of memory); the search goes on."""
