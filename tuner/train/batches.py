@@ -1,0 +1,75 @@
+"""Which clips meet in a batch, which caption each brings, and how a batch is cut into forward passes.
+
+The order depends on the data seed and the epoch alone, so every trial of a study sees the same batches and a resumed
+trial goes on with the ones it would have seen. Batches are drawn at random over all lengths, so the negatives are not
+sorted by length; only inside a batch are clips of similar length put into one forward pass. The loss of the whole
+batch is therefore the same, whatever the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.data.store import Store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one optimiser step (all workers) with the caption drawn for each."""
+
+    clips_B: NDArray[np.int64]
+    captions_B: NDArray[np.int64]
+
+
+def steps_per_epoch(clips: int, batch_size: int) -> int:
+    """Optimiser steps of one epoch: batches differ by at most one clip, none is dropped."""
+    return max(1, round(clips / batch_size))
+
+
+def epoch_batches(store: Store, clips: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """The batches of one epoch (1-based), each clip once, one of its captions drawn for it."""
+    generator = np.random.default_rng([seed, epoch])
+    shuffled = generator.permutation(clips)
+    picks = generator.random(len(clips))
+    for part in np.array_split(np.arange(len(clips)), steps_per_epoch(len(clips), batch_size)):
+        captions = [_draw(store.clip_captions(int(shuffled[i])), picks[i]) for i in part]
+        yield Batch(shuffled[part], np.asarray(captions, dtype=np.int64))
+
+
+def _draw(captions: NDArray[np.int64], uniform: float) -> int:
+    return int(captions[int(uniform * len(captions))])
+
+
+def same_pairs(store: Store, batch: Batch) -> NDArray[np.bool_]:
+    """[B, B] True where the caption drawn for clip j is also a caption of clip i."""
+    owned = [set(store.clip_captions(int(clip)).tolist()) for clip in batch.clips_B]
+    drawn = batch.captions_B.tolist()
+    return np.asarray([[caption in own for caption in drawn] for own in owned], dtype=np.bool_)
+
+
+def forward_groups(
+    lengths: Sequence[int] | NDArray[np.int64], tokens_per_forward: int
+) -> list[NDArray[np.int64]]:
+    """Cut positions 0..n-1 into groups of similar length whose padded size stays within the token budget.
+
+    Returns groups by falling length, so that the largest forward pass comes first and memory shows its peak at once.
+    A single clip longer than the budget is a group of its own.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    groups: list[NDArray[np.int64]] = []
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        count = max(1, tokens_per_forward // longest)
+        groups.append(order[start : start + count])
+        start += count
+    return groups
+
+
+def shard(lengths: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
+    """Positions that worker `rank` of `world` encodes: every world-th by length, so that all have the same work."""
+    return np.sort(np.argsort(-lengths, kind="stable")[rank::world])
