@@ -82,7 +82,7 @@ class LossSpec(Frozen):
     """Contrastive loss against frozen text embeddings."""
 
     kind: Literal["infonce", "siglip"] = "infonce"
-    temperature: float = Field(default=0.07, gt=0, description="initial (or fixed) temperature; logit_scale = 1 / temperature")
+    temperature: float = Field(default=0.07, ge=0.01, le=1, description="initial or fixed; logit_scale is 1 / temperature")
     learn_temperature: bool = True
 
 

@@ -20,8 +20,7 @@ SIGLIP_BIAS = -10.0  # initial bias of Zhai et al. 2023, arXiv:2303.15343, secti
 class ContrastiveLoss(nn.Module):
     """The loss of one adapter with its own temperature, and its own bias for SigLIP.
 
-    The temperature is kept as log(1 / temperature) and clamped at ln 100 where it is used, so that a learnt one can
-    move back from the clamp by weight decay-free gradient steps of the other side.
+    The temperature is kept as log(1 / temperature); `clamp_` after each optimiser step holds it at ln 100 or below.
     """
 
     def __init__(self, spec: LossSpec) -> None:
@@ -33,12 +32,12 @@ class ContrastiveLoss(nn.Module):
             self.bias = nn.Parameter(torch.tensor(SIGLIP_BIAS, dtype=torch.float32))
 
     def logit_scale(self) -> Tensor:
-        """The factor on cosine similarities, at most 100."""
-        return self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+        """The factor on cosine similarities."""
+        return self.log_scale.exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Pull the parameter itself back to the clamp: beyond it the gradient is zero and it could never return."""
+        """Clamp the parameter itself, not its use: a clamp in the forward pass has no gradient to come back by."""
         self.log_scale.clamp_(max=MAX_LOG_SCALE)
 
     def forward(self, audio_BD: Tensor, text_BD: Tensor, same_BB: Tensor) -> Tensor:

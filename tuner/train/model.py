@@ -1,0 +1,79 @@
+"""From hidden states to one L2-normalised embedding a clip: blocks, pooling over real tokens, projection.
+
+Shapes: B clips, T tokens, H encoder width, D text embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+
+from tuner.config import HeadSpec
+from tuner.encoders.base import AudioEncoder
+from tuner.train.batches import forward_groups
+from tuner.train.prefix import Prefix
+
+
+class ProjectionHead(nn.Module):
+    """Linear or two-layer projection into the text embedding space; fp32 weights, L2-normalised output."""
+
+    def __init__(self, spec: HeadSpec, width: int, text_dim: int) -> None:
+        super().__init__()
+        if spec.kind == "linear":
+            self.layers = nn.Sequential(nn.Linear(width, text_dim))
+        else:
+            self.layers = nn.Sequential(nn.Linear(width, spec.hidden), nn.GELU(), nn.Linear(spec.hidden, text_dim))
+
+    def forward(self, pooled_BH: Tensor) -> Tensor:
+        """Embeddings BD of unit norm."""
+        embedded: Tensor = self.layers(pooled_BH.float())
+        return F.normalize(embedded, dim=-1)
+
+
+def mean_pool(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over each clip's own tokens, summed in fp32."""
+    weight_BT = mask_BT.float() / mask_BT.sum(dim=1, keepdim=True)
+    return torch.einsum("bth,bt->bh", hidden_BTH.float(), weight_BT)
+
+
+@contextmanager
+def encoder_precision(encoder: AudioEncoder) -> Iterator[None]:
+    """Run the frozen encoder in its own number format with fp32 adapters on it.
+
+    On a bf16 base, autocast rounds the small A and B to bf16 for their products (their master weights and gradients
+    stay fp32), and PEFT's own cast is off: it would copy every activation to fp32 and multiply there, which costs more
+    than the adapted layer itself.
+    """
+    parameter = next(encoder.tower.parameters())
+    reduced = parameter.dtype == torch.bfloat16
+    with (
+        torch.autocast(parameter.device.type, torch.bfloat16, enabled=reduced),
+        disable_input_dtype_casting(encoder.tower, active=reduced),
+    ):
+        yield
+
+
+def pool_clips(
+    encoder: AudioEncoder, prefix: Prefix, clips: NDArray[np.int64], lengths: Sequence[int] | NDArray[np.int64], budget: int
+) -> Tensor:
+    """Pooled encoder states BH of clips, in their order, by forward passes of at most `budget` padded tokens.
+
+    The adapter that is active on the encoder at the time is the one that runs.
+    """
+    groups = forward_groups(lengths, budget)
+    pooled = []
+    with encoder_precision(encoder):
+        for group in groups:
+            hidden_BTH, mask_BT = prefix.hidden(clips[group])
+            for index in range(prefix.depth, encoder.spec.num_layers):
+                hidden_BTH = encoder.block(index, hidden_BTH, mask_BT)
+            pooled.append(mean_pool(encoder.finish(hidden_BTH), mask_BT))
+    order = np.argsort(np.concatenate(groups))
+    return torch.cat(pooled)[torch.from_numpy(order).to(pooled[0].device)]

@@ -1,0 +1,39 @@
+"""In which number format the frozen encoder runs: bf16 where this machine multiplies faster in it, else fp32."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+
+Precision = Literal["bf16", "fp32"]
+
+# Below this the conversions around the matrix products eat what bf16 gains.
+WORTHWHILE_SPEEDUP = 1.3
+_SHAPE = (2048, 512, 2048)  # rows, in, out: a block's linear layer of a small encoder on a few dozen clips
+
+
+def measured_precision(device: torch.device) -> Precision:
+    """Time one matrix product in both formats on this device; GPUs are asked instead of timed."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    speedup = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
+    return "bf16" if speedup >= WORTHWHILE_SPEEDUP else "fp32"
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The torch dtype of a precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _product_seconds(dtype: torch.dtype, repeats: int = 5) -> float:
+    rows, width_in, width_out = _SHAPE
+    left, right = torch.ones(rows, width_in, dtype=dtype), torch.ones(width_in, width_out, dtype=dtype)
+    left @ right
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return best
