@@ -46,9 +46,14 @@ def _draw(captions: NDArray[np.int64], uniform: float) -> int:
 
 def same_pairs(store: Store, batch: Batch) -> NDArray[np.bool_]:
     """[B, B] True where the caption drawn for clip j is also a caption of clip i."""
-    owned = [set(store.clip_captions(int(clip)).tolist()) for clip in batch.clips_B]
-    drawn = batch.captions_B.tolist()
-    return np.asarray([[caption in own for caption in drawn] for own in owned], dtype=np.bool_)
+    drawn: dict[int, list[int]] = {}
+    for position, caption in enumerate(batch.captions_B.tolist()):
+        drawn.setdefault(caption, []).append(position)
+    same_BB = np.zeros((len(batch.clips_B), len(batch.clips_B)), dtype=np.bool_)
+    for row, clip in enumerate(batch.clips_B):
+        for caption in store.clip_captions(int(clip)).tolist():
+            same_BB[row, drawn.get(caption, [])] = True
+    return same_BB
 
 
 def forward_groups(

@@ -1,0 +1,1 @@
+"""Lanes: long-lived Ray Train runs that load the frozen encoder once and serve many light Tune trials."""

@@ -1,0 +1,195 @@
+"""Train and validate a pack of adapters on one frozen encoder. The reference loop: one adapter's forward after another.
+
+Members of a pack at the same epoch see the same mini-batches, so they share batch order, captions, text embeddings and
+the frozen prefix; everything else is each member's own (see `member.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tuner.config import RunSettings, TrialConfig
+from tuner.data.store import Store
+from tuner.encoders.base import AudioEncoder
+from tuner.errors import TrialFailed
+from tuner.lora.adapter import activate
+from tuner.train.batches import Batch, epoch_batches, same_pairs, shard, steps_per_epoch
+from tuner.train.member import Member, read_checkpoint
+from tuner.train.metrics import Retrieval, retrieve
+from tuner.train.model import pool_clips
+from tuner.train.prefix import LivePrefix, Prefix, open_prefix
+from tuner.train.workers import Workers
+
+EpochRow = dict[str, float]
+StepProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PackContext:
+    """What all members of a pack share."""
+
+    encoder: AudioEncoder
+    store: Store
+    settings: RunSettings
+    workers: Workers = Workers()
+    prefix_root: Path | None = None  # None: no cache, the prefix is computed anew at each use
+
+
+class Pack:
+    """Up to K adapters on one encoder. Adapter i of a pack equals adapter i alone."""
+
+    def __init__(self, context: PackContext) -> None:
+        self.context = context
+        self.encoder, self.store, self.settings = context.encoder, context.store, context.settings
+        self.device = next(self.encoder.tower.parameters()).device
+        self.members: dict[str, Member] = {}
+        self.train_clips = self.store.split("train")
+        frames = self.store.frames
+        self.length_N = np.asarray([self.encoder.spec.sequence_length(int(count)) for count in frames], dtype=np.int64)
+        self.text_MD = torch.from_numpy(np.array(self.store.text_embeddings)).to(self.device)
+        self._prefixes: dict[int, Prefix] = {}
+        self._frozen_table: Tensor | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of a whole training."""
+        return self.settings.epochs * steps_per_epoch(len(self.train_clips), self.settings.batch_size)
+
+    def attach(self, trial: str, config: TrialConfig, checkpoint: Path | None = None) -> Member:
+        """Add an adapter, at its start or where `checkpoint` left it."""
+        member = Member(trial, config, self.encoder, self.store.text_dim, self.total_steps)
+        if checkpoint is not None and checkpoint.exists():
+            try:
+                member.load(read_checkpoint(checkpoint))
+            except BaseException:
+                member.detach()
+                raise
+        self.members[trial] = member
+        return member
+
+    def detach(self, trial: str) -> None:
+        """Remove an adapter and everything it held."""
+        self.members.pop(trial).detach()
+
+    def prefix(self, depth: int) -> Prefix:
+        """Hidden states below block `depth`, from the machine's cache when there is one."""
+        if depth not in self._prefixes:
+            context = self.context
+            if context.prefix_root is None:
+                self._prefixes[depth] = LivePrefix(self.encoder, self.store, depth)
+            else:
+                activate(self.encoder, None)
+                budget = self.settings.tokens_per_forward
+                self._prefixes[depth] = open_prefix(self.encoder, self.store, depth, context.prefix_root, budget)
+        return self._prefixes[depth]
+
+    def train_epoch(self, trials: Sequence[str], progress: StepProgress | None = None) -> dict[str, EpochRow | TrialFailed]:
+        """One epoch of these members, which must all stand at the same epoch.
+
+        Returns:
+            For each member its row (`epoch`, `loss`, `train_seconds`, `clips_per_second`, `logit_scale`), or the
+            failure that ended it; the others are not affected by it.
+        """
+        members = [self.members[trial] for trial in trials]
+        epoch = members[0].epoch + 1
+        assert all(member.epoch + 1 == epoch for member in members)
+        losses: dict[str, list[Tensor]] = {trial: [] for trial in trials}
+        seconds = dict.fromkeys(trials, 0.0)
+        failures: dict[str, TrialFailed] = {}
+        steps = steps_per_epoch(len(self.train_clips), self.settings.batch_size)
+        batches = epoch_batches(self.store, self.train_clips, self.settings.batch_size, self.settings.data_seed, epoch)
+        for step, batch in enumerate(batches, start=1):
+            same_BB = torch.from_numpy(same_pairs(self.store, batch)).to(self.device)
+            for member in members:
+                if member.trial in failures:
+                    continue
+                started = time.perf_counter()
+                try:
+                    losses[member.trial].append(self._step(member, batch, same_BB))
+                except TrialFailed as failure:
+                    failures[member.trial] = failure
+                seconds[member.trial] += time.perf_counter() - started
+            if progress:
+                progress(step, steps)
+        rows: dict[str, EpochRow | TrialFailed] = {**failures}
+        for member in members:
+            if member.trial not in failures:
+                member.epoch = epoch
+                rows[member.trial] = self._row(member, losses[member.trial], seconds[member.trial])
+        return rows
+
+    def _row(self, member: Member, losses: list[Tensor], seconds: float) -> EpochRow:
+        return {
+            "epoch": member.epoch,
+            "loss": float(torch.stack(losses).mean()),
+            "train_seconds": seconds,
+            "clips_per_second": len(self.train_clips) / seconds,
+            "logit_scale": float(member.loss.logit_scale()),
+        }
+
+    def _step(self, member: Member, batch: Batch, same_BB: Tensor) -> Tensor:
+        workers = self.context.workers
+        lengths_B = self.length_N[batch.clips_B]
+        positions = [shard(lengths_B, rank, workers.world) for rank in range(workers.world)]
+        own = positions[workers.rank]
+        with member.random_stream():
+            pooled_bH = self._pool(member, batch.clips_B[own], training=True)
+        audio_bD = member.head(pooled_bH)
+        audio_BD = workers.join_rows(audio_bD, [torch.from_numpy(rows) for rows in positions])
+        loss: Tensor = member.loss(audio_BD, self.text_MD[torch.from_numpy(batch.captions_B).to(self.device)], same_BB)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrialFailed(f"loss became {value} in epoch {member.epoch + 1}; lower the learning rates")
+        loss.backward()  # type: ignore[no-untyped-call]
+        workers.sum_gradients(member.shared_parameters())
+        member.step()
+        return loss.detach()
+
+    def _pool(self, member: Member, clips: NDArray[np.int64], training: bool) -> Tensor:
+        if member.depth == self.encoder.spec.num_layers:
+            pooled = self._frozen_pooled(clips)
+            member.activate(training)
+            return pooled
+        prefix = self.prefix(member.depth)
+        member.activate(training)
+        return pool_clips(self.encoder, prefix, clips, self.length_N[clips], self.settings.tokens_per_forward)
+
+    def _frozen_pooled(self, clips: NDArray[np.int64]) -> Tensor:
+        """Pooled states of the encoder as it is: without LoRA nothing before the head ever changes."""
+        if self._frozen_table is None:
+            budget, source = self.settings.tokens_per_forward, self.prefix(0)
+            activate(self.encoder, None)
+            with torch.no_grad():
+                every = np.arange(len(self.store))
+                self._frozen_table = pool_clips(self.encoder, source, every, self.length_N, budget)
+        return self._frozen_table[torch.from_numpy(clips).to(self.device)]
+
+    @torch.no_grad()
+    def embed(self, trial: str, clips: NDArray[np.int64]) -> Tensor:
+        """Embeddings of clips, fp32 [len(clips), D], shared out over the workers; every worker gets all rows."""
+        member, workers = self.members[trial], self.context.workers
+        positions = [shard(self.length_N[clips], rank, workers.world) for rank in range(workers.world)]
+        rows = member.head(self._pool(member, clips[positions[workers.rank]], training=False))
+        return workers.join_rows(rows, [torch.from_numpy(part) for part in positions])
+
+    def validate(self, trial: str, split: str = "validation") -> Retrieval:
+        """Retrieval of a split's clips against the distinct captions of that split."""
+        clips = self.store.split(split)
+        return retrieve_split(self.store, clips, self.embed(trial, clips))
+
+
+def retrieve_split(store: Store, clips: NDArray[np.int64], audio_ND: Tensor) -> Retrieval:
+    """Rank these clips against the distinct captions that they own."""
+    owned = [store.clip_captions(int(clip)) for clip in clips]
+    gallery = np.unique(np.concatenate(owned))
+    text_MD = torch.from_numpy(np.asarray(store.text_embeddings[gallery])).to(audio_ND.device)
+    return retrieve(audio_ND, text_MD, [np.searchsorted(gallery, captions) for captions in owned])
