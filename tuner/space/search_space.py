@@ -1,0 +1,230 @@
+"""A search space as it is written down, and the configurations it stands for.
+
+    name: example                    # the file's own name
+    description: What it explores.
+    target_sets: {query_value: [q_proj, v_proj]}
+    fixed: {head.kind: linear}
+    dimensions:
+      lora.rank: {int: [2, 64], log: true}
+      lora.targets: {choice: [query_value, v_proj]}
+      lora.dropout: {float: [0.0, 0.2], step: 0.05}
+      loss.learn_temperature: {choice: [true, false]}
+      loss.temperature: {float: [0.03, 0.12], log: true, when: {loss.learn_temperature: false}}
+
+Dimensions are dotted paths of `TrialConfig` and are sampled in the order of the file. A field that is neither fixed,
+searched, nor switched on by its condition keeps its default. Values of `lora.targets` are target sets, or modules that
+some target set names. A space without any `lora.*` field trains the projection alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from tuner.config import Frozen, LoraSpec, TrialConfig, read_yaml
+from tuner.errors import ConfigError, SpaceError
+from tuner.space.checks import check_space, describe, resolve_modules
+from tuner.space.dimension import TARGETS, Dimension, SuggestProtocol
+
+# Fields that decide which modules are adapted, that never change a parameter count, and with which the count grows.
+STRUCTURAL = frozenset({TARGETS, "lora.first_layer"})
+COUNT_NEUTRAL = frozenset({"lora.alpha_ratio", "lora.dropout", "lora.rslora", "loss.temperature", "pooling"})
+GROWS_WITH = frozenset({"lora.rank", "head.hidden"})
+MAX_COMBINATIONS = 10_000
+
+
+class SearchSpace(Frozen):
+    """A validated space: what is fixed, what is searched, under which conditions."""
+
+    name: str = Field(min_length=1)
+    description: str = Field(min_length=1)
+    target_sets: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    fixed: dict[str, Any] = Field(default_factory=dict)
+    dimensions: dict[str, Dimension] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> SearchSpace:
+        """Check what needs more than one field; a SpaceError passes through pydantic unchanged."""
+        check_space(self.target_sets, self.fixed, self.dimensions)
+        return self
+
+    @classmethod
+    def from_dict(cls, values: object, origin: str) -> SearchSpace:
+        """Build from plain values, as read from YAML or from a study's record; `origin` names them in errors.
+
+        Raises:
+            SpaceError: one sentence with the first field that is wrong.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SpaceError(f"{origin}: {describe(error, list(cls.model_fields))}") from None
+        except SpaceError as error:
+            raise SpaceError(f"{origin}: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: Path) -> SearchSpace:
+        """Read a YAML file, whose name must be the space's own.
+
+        Raises:
+            SpaceError: the file cannot be read, is not YAML or not a valid space.
+        """
+        try:
+            values = read_yaml(path)
+        except ConfigError as error:
+            raise SpaceError(str(error)) from None
+        space = cls.from_dict(values, str(path))
+        if space.name != path.stem:
+            raise SpaceError(f"{path}: name is {space.name!r} but the file is {path.name!r}; make them the same")
+        return space
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads back."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+    def to_yaml(self) -> str:
+        """The space as YAML that `from_file` reads back."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    def sample(self, trial: SuggestProtocol) -> TrialConfig:
+        """Ask the trial for each active dimension, by dotted path and in file order, and build the configuration."""
+        params: dict[str, Any] = {}
+        for path, dimension in self.dimensions.items():
+            if dimension.active(params):
+                params[path] = dimension.suggest(trial, path)
+        return self.build(params)
+
+    def build(self, params: dict[str, Any]) -> TrialConfig:
+        """The configuration that these trial parameters stand for: the inverse of `params_of`.
+
+        Raises:
+            ConfigError: the parameters are not ones of this space.
+        """
+        nested: dict[str, Any] = {}
+        for path, value in {**self.fixed, **params}.items():
+            group, _, field = path.rpartition(".")
+            holder = nested.setdefault(group, {}) if group else nested
+            holder[field] = resolve_modules(value, self.target_sets) if path == TARGETS else value
+        return TrialConfig.parse(nested, f"space {self.name}")
+
+    def params_of(self, config: TrialConfig) -> dict[str, Any] | None:
+        """The trial parameters that give `config` whatever its seed, or None when it lies outside this space.
+
+        The order of target modules does not matter; their names do, so an alias counts as another module.
+        """
+        wanted = _flat(config)
+        params: dict[str, Any] = {}
+        for path, dimension in self.dimensions.items():
+            if not dimension.active(params):
+                continue
+            value = self._target_name(wanted[path]) if path == TARGETS else dimension.locate(wanted[path])
+            if value is None:
+                return None
+            params[path] = value
+        # What is not searched must be as the space leaves it; a searched value may differ by rounding on its grid.
+        rest = {path: value for path, value in _flat(self.build(params)).items() if path not in params}
+        return params if all(wanted[path] == value for path, value in rest.items()) else None
+
+    def size(self, countable_only: bool = False) -> int | None:
+        """Number of distinct configurations; None when a dimension is continuous, unless those are left out."""
+        continuous = {path for path, dimension in self.dimensions.items() if dimension.count() is None}
+        if continuous and not countable_only:
+            return None
+        free = self.dimensions.keys() - self._controllers() - continuous
+        total = 0
+        for params in self._combinations(lambda path: self.dimensions[path].ends()[:1]):
+            total += math.prod(self.dimensions[path].count() or 1 for path in free & params.keys())
+        return total
+
+    def parameter_range(self, count: Callable[[TrialConfig], int]) -> tuple[int, int]:
+        """Exact smallest and largest number of trainable parameters over the space.
+
+        `count` gives the number of one configuration. It is called for every combination of the dimensions that
+        change it; of rank and head width, with which it grows, only the ends are tried, and learning rates, dropout
+        and the like not at all. Errors of `count` (a target that the encoder lacks) pass through.
+
+        Raises:
+            SpaceError: there are more than 10,000 such combinations.
+        """
+
+        def tried(path: str) -> Sequence[Any]:
+            dimension = self.dimensions[path]
+            if path in COUNT_NEUTRAL or path.startswith("optim."):
+                return dimension.ends()[:1]
+            return dimension.ends() if path in GROWS_WITH else dimension.values()
+
+        counts = [count(self.build(params)) for params in self._combinations(tried)]
+        return min(counts), max(counts)
+
+    def validate_for(self, check: Callable[[TrialConfig], None]) -> None:
+        """Run `check` on every combination of targets, first layer and conditions, before anything trains.
+
+        `check` raises for a configuration that cannot be placed in the encoder at hand.
+
+        Raises:
+            SpaceError: there are more than 10,000 such combinations.
+        """
+
+        def tried(path: str) -> Sequence[Any]:
+            dimension = self.dimensions[path]
+            return dimension.values() if path in STRUCTURAL else dimension.ends()[:1]
+
+        for params in self._combinations(tried):
+            check(self.build(params))
+
+    def _controllers(self) -> set[str]:
+        """Dimensions that a condition refers to."""
+        return {path for dimension in self.dimensions.values() for path in dimension.when}
+
+    def _combinations(self, tried: Callable[[str], Sequence[Any]]) -> Iterator[dict[str, Any]]:
+        """Every active combination of the tried values of each dimension, of controllers always all values."""
+        controllers = self._controllers()
+        paths = list(self.dimensions)
+
+        def extend(index: int, params: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            if index == len(paths):
+                yield params
+                return
+            path = paths[index]
+            dimension = self.dimensions[path]
+            if not dimension.active(params):
+                yield from extend(index + 1, params)
+                return
+            for value in dimension.values() if path in controllers else tried(path):
+                yield from extend(index + 1, {**params, path: value})
+
+        for visited, params in enumerate(extend(0, {})):
+            if visited == MAX_COMBINATIONS:
+                raise SpaceError(
+                    f"space {self.name}: has more than {MAX_COMBINATIONS:,} combinations of targets, layers and sizes; "
+                    "list fewer values"
+                )
+            yield params
+
+    def _target_name(self, modules: object) -> str | None:
+        """The searched name of these modules (sorted), or None."""
+        for name in self.dimensions[TARGETS].values():
+            if sorted(resolve_modules(name, self.target_sets)) == modules:
+                return str(name)
+        return None
+
+
+def _flat(config: TrialConfig) -> dict[str, Any]:
+    """Values by dotted path, without the seed, targets in sorted order; without LoRA its fields are None."""
+    flat: dict[str, Any] = {}
+    for name, field in config.model_dump(exclude={"seed"}).items():
+        if isinstance(field, dict):
+            flat |= {f"{name}.{key}": value for key, value in field.items()}
+        else:
+            flat[name] = field
+    if config.lora is None:
+        del flat["lora"]
+        flat |= dict.fromkeys(f"lora.{key}" for key in LoraSpec.model_fields)
+    else:
+        flat[TARGETS] = sorted(config.lora.targets)
+    return flat
