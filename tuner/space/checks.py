@@ -75,7 +75,8 @@ def describe(error: ValidationError, top_level: list[str]) -> str:
         return f"{key} is missing; write {key}: ..."
     if first["type"] == "dimension_kind":
         return f"{where}: {first['msg']}"
-    said = first["msg"][0].lower() + first["msg"][1:]
+    said = first["msg"].removeprefix("Value error, ")
+    said = said[0].lower() + said[1:]
     detail = f" {'.'.join(location[2:3])}" if len(location) > 2 else ""
     return f"{where}{detail} cannot be {first['input']!r}: {said}"
 

@@ -13,10 +13,10 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     StrictBool,
     StrictFloat,
     StrictInt,
-    StrictStr,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -26,7 +26,16 @@ from tuner.config import Frozen, TrialConfig
 from tuner.errors import SpaceError
 
 TARGETS = "lora.targets"
-Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
+
+
+def _scalar(value: object) -> object:
+    """A union of strict types would complain of the first of them alone."""
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("write text, a finite number, true or false")
+    return value
+
+
+Scalar = Annotated[bool | int | float | str, PlainValidator(_scalar)]
 # YAML writes whole numbers without a point, which a range of real numbers accepts.
 Real = StrictInt | StrictFloat
 
