@@ -1,0 +1,180 @@
+"""Weights on disk: which files, their fingerprint, reading only the encoder's part. No torch at import, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import EncoderError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What is asked of a hub: nothing that unpickles, and not the fp32 or int8 twins that some repositories also hold.
+HUB_PATTERNS = ("*.json", SINGLE, "model-*.safetensors")
+
+_MIB = 1 << 20
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+
+
+def resolve_folder(source: str, patterns: Sequence[str]) -> Path:
+    """Local folder of a model: an existing folder as it is, a hub id (`owner/name`) through the hub's cache.
+
+    Raises:
+        EncoderError: the folder does not exist, or the hub id cannot be fetched and is not in the cache.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise EncoderError(f"{source}: is a file; give the folder that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(source) or source.startswith("."):
+        raise EncoderError(
+            f"{source}: no such folder; give a folder with config.json and weights, or a hub id owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
+    # The hub client raises errors of its own, of httpx and of the system for one and the same thing: not reachable.
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise EncoderError(
+            f"{source}: not a folder here, and the hub did not deliver it ({type(error).__name__}: {reason}); "
+            "check the name and the network, or give a local folder"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        EncoderError: the file is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EncoderError(f"{path}: cannot be read ({error.strerror}); the folder is not a complete model") from None
+    except ValueError as error:
+        raise EncoderError(f"{path}: not valid JSON ({error}); fetch the model again") from None
+    if not isinstance(value, dict):
+        raise EncoderError(f"{path}: expected a JSON object; fetch the model again")
+    return value
+
+
+def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
+    """The safetensors files that hold tensors below the first of `prefixes` that occurs, sorted.
+
+    Raises:
+        EncoderError: there are no weights, only pickled ones, or a shard that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise EncoderError(f"{folder / INDEX}: has no weight_map; fetch the model again")
+        prefix = _first_prefix(weight_map, prefixes)
+        files = [folder / name for name in sorted({weight_map[key] for key in weight_map if key.startswith(prefix)})]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise EncoderError(f"{folder}: {INDEX} names {missing[0]}, which is not there; fetch the model again")
+        return files
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise EncoderError(
+            f"{folder}: {pickled[0]} may run code when loaded and is not read; convert it to {SINGLE} "
+            "(save_pretrained of a current transformers does)"
+        )
+    raise EncoderError(f"{folder}: no weights in folder; expected {SINGLE}, {INDEX} or a faster-whisper model.bin")
+
+
+def fingerprint(configs: Iterable[Path], weights: Iterable[Path], *settings: object) -> str:
+    """SHA-256 (hex) over settings, configuration files and a sample of each weight file.
+
+    Of a weight file the size, the first and last MiB and 64 evenly spaced pieces of 64 KiB are read: some milliseconds
+    for any size, and a fine-tuned twin of the same shape differs nearly everywhere. A change of a few
+    bytes between the samples is not seen. Location and file times do not count, so a moved folder keeps its caches.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in configs:
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    for path in weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_MIB))
+            for index in range(_SAMPLES):
+                file.seek(size * index // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _MIB))
+            digest.update(file.read(_MIB))
+    return digest.hexdigest()
+
+
+def read_tensors(folder: Path, prefixes: Sequence[str], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """Tensors below the first of `prefixes` that occurs, named without it, floating ones as `dtype`.
+
+    Only these tensors are read from disk, so the tower of a large model costs its own size alone.
+
+    Raises:
+        EncoderError: a file is damaged, or no weights are there.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = weight_files(folder, prefixes)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device=device) as reader:
+                names = list(reader.keys())
+                prefix = _first_prefix(names, prefixes)
+                for name in names:
+                    if name.startswith(prefix):
+                        tensor = reader.get_tensor(name)
+                        tensors[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        except SafetensorError as error:
+            raise EncoderError(f"{file}: damaged safetensors file ({error}); fetch the model again") from None
+    return tensors
+
+
+def load_strictly(tower: nn.Module, tensors: Mapping[str, torch.Tensor], origin: Path) -> None:
+    """Give the tensors to a tower built on the meta device, frozen; names and shapes must match exactly.
+
+    Raises:
+        EncoderError: names the first missing, unexpected or misshaped tensors.
+    """
+    wanted = tower.state_dict()
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted]
+    misshaped = [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
+        if names
+    ]
+    if faults:
+        raise EncoderError(f"{origin}: weights do not fit config.json: {'; '.join(faults)}; fetch the model again")
+    tower.load_state_dict(dict(tensors), strict=True, assign=True)
+    tower.requires_grad_(False).eval()
+
+
+def _first_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
+    known = list(names)
+    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in known)), prefixes[-1])

@@ -1,0 +1,59 @@
+"""The record that makes a family of encoders known to the registry. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.config import EncoderRef
+from tuner.encoders.spec import CheckpointKind, EncoderSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from tuner.encoders.base import AudioEncoder
+
+
+class FeatureExtractor(Protocol):
+    """Turns a waveform into what the encoder reads."""
+
+    def extract(self, waveform: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+        """Features of one clip.
+
+        Args:
+            waveform: mono samples [S] at the encoder's sampling rate, nominally in -1..1.
+
+        Returns:
+            Features [C, F] and the number of real frames L. F may be larger than L by the few frames of silence that
+            the encoder looks at behind the clip.
+
+        Raises:
+            DataError: the clip is empty, or longer than the encoder's longest.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """A resolved local folder with its parsed `config.json`."""
+
+    ref: EncoderRef
+    folder: Path
+    checkpoint: CheckpointKind
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read one family of encoders. `inspect` is torch-free; the two loaders import what they need."""
+
+    model_type: str  # `model_type` of config.json
+    ctranslate2_name: str | None  # specification name inside a CTranslate2 model.bin
+    inspect: Callable[[EncoderSource], EncoderSpec]
+    load: Callable[[EncoderSpec, torch.dtype, str], AudioEncoder]
+    load_features: Callable[[EncoderSpec], FeatureExtractor]

@@ -1,0 +1,88 @@
+"""Which encoder is in a folder or behind a hub id, and how to load it. No torch at import.
+
+A family is one `Family` record in `_FAMILIES`; nothing else knows the families by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner.config import EncoderRef
+from tuner.encoders import ctranslate2, whisper
+from tuner.encoders.checkpoint import HUB_PATTERNS, INDEX, SINGLE, read_json, resolve_folder, weight_files
+from tuner.encoders.family import EncoderSource, Family, FeatureExtractor
+from tuner.encoders.spec import EncoderSpec
+from tuner.errors import EncoderError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tuner.encoders.base import AudioEncoder
+
+__all__ = ["FeatureExtractor", "families", "inspect_encoder", "load_encoder", "load_feature_extractor"]
+
+_FAMILIES = {family.model_type: family for family in (whisper.FAMILY,)}
+
+
+def families() -> tuple[str, ...]:
+    """Names of the known families, as `model_type` in config.json says them."""
+    return tuple(sorted(_FAMILIES))
+
+
+def inspect_encoder(ref: EncoderRef) -> EncoderSpec:
+    """Facts of an encoder from its configuration file; no weight is loaded. A hub id is fetched into the hub's cache.
+
+    Raises:
+        EncoderError: no such folder or hub id, no weights, an unknown family, quantised or pickled weights.
+    """
+    folder = resolve_folder(ref.source, HUB_PATTERNS)
+    source = _ctranslate2_source(ref, folder) or _transformers_source(ref, folder)
+    return _family_of(source).inspect(source)
+
+
+def load_encoder(spec: EncoderSpec, dtype: torch.dtype, device: str = "cpu") -> AudioEncoder:
+    """The frozen encoder in `eval` mode, its weights as `dtype` on `device`; only the encoder's tensors are read.
+
+    Raises:
+        EncoderError: the weights are damaged or do not fit the configuration.
+    """
+    return _FAMILIES[spec.family].load(spec, dtype, device)
+
+
+def load_feature_extractor(spec: EncoderSpec) -> FeatureExtractor:
+    """The front end of an encoder. Imports transformers.
+
+    Raises:
+        EncoderError: the folder's preprocessor configuration contradicts the encoder.
+    """
+    return _FAMILIES[spec.family].load_features(spec)
+
+
+def _ctranslate2_source(ref: EncoderRef, folder: Path) -> EncoderSource | None:
+    path = folder / ctranslate2.FILE_NAME
+    # A folder may hold both formats; the unconverted weights are the original ones.
+    if not path.is_file() or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return None
+    name = ctranslate2.read_header(path).name
+    for family in _FAMILIES.values():
+        if family.ctranslate2_name == name:
+            return EncoderSource(ref, folder, "ctranslate2", {"model_type": family.model_type})
+    raise EncoderError(f"{path}: holds a {name!r}, not an encoder of a known family ({', '.join(families())})")
+
+
+def _transformers_source(ref: EncoderRef, folder: Path) -> EncoderSource:
+    if not (folder / "config.json").is_file():
+        # A folder without both is told about its weights first: that is the larger thing to fetch.
+        weight_files(folder)
+    return EncoderSource(ref, folder, "transformers", read_json(folder / "config.json"))
+
+
+def _family_of(source: EncoderSource) -> Family:
+    model_type = source.config.get("model_type")
+    if model_type not in _FAMILIES:
+        raise EncoderError(
+            f"{source.ref.source}: config.json says model_type {model_type!r}; "
+            f"known families are {', '.join(families())}"
+        )
+    return _FAMILIES[model_type]
