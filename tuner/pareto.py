@@ -35,7 +35,7 @@ def pareto_front(values: ArrayLike, directions: Sequence[Direction]) -> NDArray[
     costs = _as_costs(values, directions)
     rows = np.flatnonzero(~np.isnan(costs).any(axis=1))
     # In lexicographic order a row can only be dominated by, or repeat, an earlier one, and if so also a kept one:
-    # one pass of N rows against the front instead of N x N comparisons. lexsort is stable, so the first duplicate leads.
+    # one pass of N rows against the front instead of N x N comparisons. Stable, so duplicates keep their order.
     order = rows[np.lexsort(costs[rows].T)]
     kept: list[int] = []
     for row in order:
