@@ -116,8 +116,9 @@ class TextEncoder:
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """A bar for a second's loading would run across the caller's own output."""
-    from transformers.utils import logging
+    import transformers
 
+    logging: Any = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,0 +1,105 @@
+"""The Whisper encoder in torch, truncated to the clip or padded to 30 s. A torch module.
+
+Shapes: B clips, C mel bins, F frames, T tokens, D width.
+
+Truncated, a clip of L real frames gives T = (L - 1) // 2 + 1 tokens from frames [0, 2T + 1): the second convolution
+sees what the first makes of silence there, as it does inside a 30 s window, and attention stops at T. This is exact
+for the clip (alone or in any batch), but another model than the original, whose padding attends: that one is
+`pad_to_30s`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tuner.encoders import ctranslate2
+from tuner.encoders.base import AudioEncoder
+from tuner.encoders.checkpoint import load_strictly, read_tensors
+from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.whisper import PREFIXES, STRIDE, encoder_config, silence_level
+
+# The tower is frozen: its own dropout would only add noise to features that every adapter shares.
+_NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0}
+
+
+class WhisperAudioEncoder(AudioEncoder):
+    """Transformers' WhisperEncoder behind the surface of `AudioEncoder`."""
+
+    def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:
+        """Batch BCF, as long as its longest clip; see `AudioEncoder.pad_features`."""
+        longest = max(clip.shape[1] for clip in features)
+        batch = np.empty((len(features), self.spec.feature_channels, longest), dtype=np.float32)
+        for row, clip in zip(batch, features, strict=True):
+            frames = clip.shape[1]
+            row[:, :frames] = clip
+            if frames < longest:
+                row[:, frames:] = silence_level(clip)
+        return torch.from_numpy(batch).to(self.device, self.dtype)
+
+    def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
+        """States BTD before block 0; T is that of the longest clip, or of 30 s where the encoder pads.
+
+        `features_BCF` needs frames [0, 2T + 1) of the longest clip, as `WhisperFeatures` makes them; a padding encoder
+        continues each clip to 30 s with its own silence.
+        """
+        tower: Any = self.tower
+        tokens = int(self.sequence_lengths(frames_B).max())
+        needed = min(STRIDE * tokens + 1, self.spec.max_frames)
+        if features_BCF.shape[2] < needed and self.spec.pad_to_30s:
+            features_BCF = self._continue_with_silence(features_BCF)
+        assert features_BCF.shape[2] >= needed, f"{features_BCF.shape[2]} frames given, {needed} needed"
+        hidden_BDF = F.gelu(tower.conv1(features_BCF[:, :, :needed]))
+        hidden_BTD = F.gelu(tower.conv2(hidden_BDF)).transpose(1, 2)[:, :tokens]
+        return cast(Tensor, hidden_BTD + tower.embed_positions.weight[:tokens])
+
+    def block(self, index: int, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """States BTD after block `index`; see `AudioEncoder.block`."""
+        tower: Any = self.tower
+        return cast(Tensor, tower.layers[index](hidden_BTD, self._attention_mask(mask_BT)))
+
+    def finish(self, hidden_BTD: Tensor) -> Tensor:
+        """The final layer norm."""
+        tower: Any = self.tower
+        return cast(Tensor, tower.layer_norm(hidden_BTD))
+
+    def _attention_mask(self, mask_BT: Tensor | None) -> Tensor | None:
+        if mask_BT is None or self.spec.pad_to_30s:
+            return None
+        # Attention without a mask is faster, but to look whether one is needed would make a GPU wait.
+        if mask_BT.device.type == "cpu" and bool(mask_BT.all()):
+            return None
+        return mask_BT[:, None, None, :]
+
+    def _continue_with_silence(self, features_BCF: Tensor) -> Tensor:
+        batch, channels, frames = features_BCF.shape
+        silence_B11 = (features_BCF.amax(dim=(1, 2), keepdim=True) - 2).clamp(min=-1.5)
+        return torch.cat([features_BCF, silence_B11.expand(batch, channels, self.spec.max_frames - frames)], dim=2)
+
+
+def load_whisper(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WhisperAudioEncoder:
+    """The frozen tower, its weights read straight into place.
+
+    Raises:
+        EncoderError: the weights are damaged, quantised or do not fit the configuration.
+    """
+    from transformers import WhisperConfig
+    from transformers.models.whisper import modeling_whisper
+
+    config = WhisperConfig(**(encoder_config(spec.folder, spec.checkpoint) | _NO_DROPOUT))
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        tower: nn.Module = modeling_whisper.WhisperEncoder(config)
+    if spec.checkpoint == "ctranslate2":
+        arrays = ctranslate2.read_whisper_encoder(spec.folder / ctranslate2.FILE_NAME)
+        tensors = {name: torch.from_numpy(array).to(device, dtype) for name, array in arrays.items()}
+    else:
+        tensors = read_tensors(spec.folder, PREFIXES, dtype, device)
+    load_strictly(tower, tensors, spec.folder)
+    return WhisperAudioEncoder(spec, tower).eval()
