@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tuner.errors import ConfigError
 
 
+Precision = Literal["bf16", "fp32"]
+
+
 class Frozen(BaseModel):
     """Base of all configurations: immutable, and a mistyped key is an error."""
 

@@ -12,12 +12,12 @@ from typing import Any
 import ray
 from ray import tune
 
-from tuner.errors import TrialFailed
+from tuner.lanes.coordinator import Update
 
 WAIT_SECONDS = 10.0
 
 
-class TrialClient(tune.Trainable):  # type: ignore[misc]
+class TrialClient(tune.Trainable):
     """Config keys: `trial` (id), `config` (`TrialConfig` dump), `coordinator` (actor name), `epochs`."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -27,17 +27,17 @@ class TrialClient(tune.Trainable):  # type: ignore[misc]
         self._coordinator = ray.get_actor(config["coordinator"])
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next epoch and return its row.
+        """Wait for the next epoch and return its row, or `failed` with the reason when the lane gave the trial up.
 
-        Raises:
-            TrialFailed: the lane gave the trial up; the message is the reason.
+        A failure is a result, not an exception: Tune would start an exception's trial again, to fail again.
         """
         trial = self.config["trial"]
         while True:
             if self._lease is None:
-                self._lease = ray.get(self._coordinator.submit.remote(trial, self.config["config"]))
-            update = ray.get(self._coordinator.next.remote(trial, self._lease, self._cursor, WAIT_SECONDS))
+                self._lease = self._ask("submit", trial, self.config["config"])
+            update: Update = self._ask("next", trial, self._lease, self._cursor, WAIT_SECONDS)
             if update.kind == "epoch":
+                assert update.row is not None
                 self._cursor += 1
                 final = update.row["epoch"] >= self.config["epochs"]
                 return {**update.row, "trial": trial, "final": final, "done": final}
@@ -66,8 +66,8 @@ class TrialClient(tune.Trainable):  # type: ignore[misc]
 
     def _release(self) -> None:
         if self._lease is not None:
-            ray.get(self._coordinator.cancel.remote(self.config["trial"], self._lease))
+            self._ask("cancel", self.config["trial"], self._lease)
             self._lease = None
 
-
-__all__ = ["TrialClient", "TrialFailed"]
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(self._coordinator, method).remote(*arguments))

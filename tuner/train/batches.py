@@ -56,9 +56,7 @@ def same_pairs(store: Store, batch: Batch) -> NDArray[np.bool_]:
     return same_BB
 
 
-def forward_groups(
-    lengths: Sequence[int] | NDArray[np.int64], tokens_per_forward: int
-) -> list[NDArray[np.int64]]:
+def forward_groups(lengths: Sequence[int] | NDArray[np.int64], tokens_per_forward: int) -> list[NDArray[np.int64]]:
     """Cut positions 0..n-1 into groups of similar length whose padded size stays within the token budget.
 
     Returns groups by falling length, so that the largest forward pass comes first and memory shows its peak at once.

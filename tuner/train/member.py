@@ -32,7 +32,7 @@ class Member:
         self.trial, self.config, self.encoder = trial, config, encoder
         self.epoch = 0
         self.history: list[dict[str, float]] = []
-        self.device = next(encoder.tower.parameters()).device
+        self.device = encoder.device
         self._random: list[Tensor] = []
         self._seed = config.seed
         with self.random_stream():
@@ -41,7 +41,9 @@ class Member:
         self.loss = ContrastiveLoss(config.loss).to(self.device)
         self.lora_parameters = lora_adapter.parameters(encoder, trial) if config.lora else []
         self._dropouts = lora_adapter.dropouts(encoder, trial) if config.lora else []
-        self.optimizer = _optimizer(config.optim, self.lora_parameters, list(self.head.parameters()), list(self.loss.parameters()))
+        self.optimizer = _optimizer(
+            config.optim, self.lora_parameters, list(self.head.parameters()), list(self.loss.parameters())
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, WarmupCosine(total_steps, config.optim.warmup_fraction)
         )
@@ -120,7 +122,9 @@ class Member:
             StudyError: the checkpoint is of another configuration.
         """
         if state["format"] != CHECKPOINT_FORMAT or state["config"] != self.config.model_dump(mode="json"):
-            raise StudyError(f"checkpoint of {self.trial}: made by another configuration or version; remove it to start over")
+            raise StudyError(
+                f"checkpoint of {self.trial}: made by another configuration or version; remove it to start over"
+            )
         with torch.no_grad():
             for parameter, saved in zip(self.lora_parameters, state["lora"], strict=True):
                 parameter.copy_(saved)

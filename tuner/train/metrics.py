@@ -119,7 +119,7 @@ def bootstrap(
             values = {key: value - other[key] for key, value in values.items()}
         draws |= {f"{name}_{key}": draw for key, draw in _resampled_means(values, generator).items()}
     for depth in DEPTHS:
-        draws[f"recall@{depth}"] = sum(draws[f"{name}_R@{depth}"] for name in DIRECTIONS) / len(DIRECTIONS)
+        draws[f"recall@{depth}"] = np.mean([draws[f"{name}_R@{depth}"] for name in DIRECTIONS], axis=0)
     tail = (1 - level) / 2
     quantiles = {key: np.quantile(draw, [tail, 1 - tail]) for key, draw in draws.items()}
     return {key: (float(low), float(high)) for key, (low, high) in quantiles.items()}

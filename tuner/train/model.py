@@ -5,7 +5,7 @@ Shapes: B clips, T tokens, H encoder width, D text embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,7 +16,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
 from tuner.config import HeadSpec
-from tuner.encoders.base import AudioEncoder
+from tuner.encoders.base import AudioEncoder, real_token_mask
 from tuner.train.batches import forward_groups
 from tuner.train.prefix import Prefix
 
@@ -51,29 +51,34 @@ def encoder_precision(encoder: AudioEncoder) -> Iterator[None]:
     stay fp32), and PEFT's own cast is off: it would copy every activation to fp32 and multiply there, which costs more
     than the adapted layer itself.
     """
-    parameter = next(encoder.tower.parameters())
-    reduced = parameter.dtype == torch.bfloat16
+    reduced = encoder.dtype == torch.bfloat16
     with (
-        torch.autocast(parameter.device.type, torch.bfloat16, enabled=reduced),
+        torch.autocast(encoder.device.type, torch.bfloat16, enabled=reduced),
         disable_input_dtype_casting(encoder.tower, active=reduced),
     ):
         yield
 
 
 def pool_clips(
-    encoder: AudioEncoder, prefix: Prefix, clips: NDArray[np.int64], lengths: Sequence[int] | NDArray[np.int64], budget: int
+    encoder: AudioEncoder, prefix: Prefix, clips: NDArray[np.int64], lengths: NDArray[np.int64], budget: int
 ) -> Tensor:
     """Pooled encoder states BH of clips, in their order, by forward passes of at most `budget` padded tokens.
 
     The adapter that is active on the encoder at the time is the one that runs.
+
+    Args:
+        lengths: tokens of each of these clips that pass through the blocks.
     """
     groups = forward_groups(lengths, budget)
     pooled = []
     with encoder_precision(encoder):
         for group in groups:
-            hidden_BTH, mask_BT = prefix.hidden(clips[group])
+            entering = prefix.hidden(clips[group])
+            states_BTH = entering.states_BTD
             for index in range(prefix.depth, encoder.spec.num_layers):
-                hidden_BTH = encoder.block(index, hidden_BTH, mask_BT)
-            pooled.append(mean_pool(encoder.finish(hidden_BTH), mask_BT))
+                states_BTH = encoder.block(index, states_BTH, entering.mask_BT)
+            states_BTH = encoder.finish(states_BTH)
+            mask_BT = real_token_mask(encoder.token_lengths(entering.frames_B), states_BTH.shape[1])
+            pooled.append(mean_pool(states_BTH, mask_BT))
     order = np.argsort(np.concatenate(groups))
-    return torch.cat(pooled)[torch.from_numpy(order).to(pooled[0].device)]
+    return torch.cat(pooled)[torch.from_numpy(order).to(encoder.device)]

@@ -26,7 +26,7 @@ from tuner.train.batches import Batch, epoch_batches, same_pairs, shard, steps_p
 from tuner.train.member import Member, read_checkpoint
 from tuner.train.metrics import Retrieval, retrieve
 from tuner.train.model import pool_clips
-from tuner.train.prefix import LivePrefix, Prefix, open_prefix
+from tuner.train.prefix import LivePrefix, Prefix, open_prefix, row_lengths
 from tuner.train.workers import Workers
 
 EpochRow = dict[str, float]
@@ -50,11 +50,10 @@ class Pack:
     def __init__(self, context: PackContext) -> None:
         self.context = context
         self.encoder, self.store, self.settings = context.encoder, context.store, context.settings
-        self.device = next(self.encoder.tower.parameters()).device
+        self.device = self.encoder.device
         self.members: dict[str, Member] = {}
         self.train_clips = self.store.split("train")
-        frames = self.store.frames
-        self.length_N = np.asarray([self.encoder.spec.sequence_length(int(count)) for count in frames], dtype=np.int64)
+        self.length_N = row_lengths(self.encoder, self.store)
         self.text_MD = torch.from_numpy(np.array(self.store.text_embeddings)).to(self.device)
         self._prefixes: dict[int, Prefix] = {}
         self._frozen_table: Tensor | None = None
@@ -92,7 +91,9 @@ class Pack:
                 self._prefixes[depth] = open_prefix(self.encoder, self.store, depth, context.prefix_root, budget)
         return self._prefixes[depth]
 
-    def train_epoch(self, trials: Sequence[str], progress: StepProgress | None = None) -> dict[str, EpochRow | TrialFailed]:
+    def train_epoch(
+        self, trials: Sequence[str], progress: StepProgress | None = None
+    ) -> dict[str, EpochRow | TrialFailed]:
         """One epoch of these members, which must all stand at the same epoch.
 
         Returns:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import torch
 
-Precision = Literal["bf16", "fp32"]
+from tuner.config import Precision
 
 # Below this the conversions around the matrix products eat what bf16 gains.
 WORTHWHILE_SPEEDUP = 1.3

@@ -1,0 +1,209 @@
+"""A lane: one long-lived `TorchTrainer` run whose workers loaded the encoder once and train what the coordinator sends.
+
+`lane_loop` is the train function. Rank 0 alone talks to the coordinator and writes checkpoints; what it decides is
+broadcast, so all workers of the lane hold the same pack.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tuner.config import RunSettings, TrialConfig
+from tuner.errors import TrialFailed, TunerError
+from tuner.lanes.coordinator import Orders
+
+POLL_SECONDS = 5.0
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LaneConfig:
+    """What the host passes to the workers of one lane."""
+
+    lane: str
+    coordinator: str  # actor name
+    settings: RunSettings
+    run_dir: str  # checkpoints/<trial>.pt live below it
+    prefix_root: str
+    capacity: int  # adapters in a pack
+    workers: int
+    threads: int  # CPU threads of one worker
+    use_gpu: bool
+
+
+class LaneHost:
+    """Hosts one lane's trainer for the life of a search."""
+
+    def run(self, config: LaneConfig) -> None:
+        """Train until the coordinator says stop; a dead worker restarts the lane's worker group."""
+        # The run reports nothing through Ray Train, so its controller need not look at its workers often.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources = {"CPU": float(config.threads), **({"GPU": 1.0} if config.use_gpu else {})}
+        trainer = TorchTrainer(
+            lane_loop,
+            train_loop_config={"lane": config},
+            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=config.lane,
+                storage_path=str(Path(config.run_dir).resolve() / "lanes"),
+                failure_config=FailureConfig(max_failures=-1),
+            ),
+        )
+        trainer.fit()
+
+
+def lane_loop(arguments: dict[str, Any]) -> None:
+    """The train function of every worker."""
+    config: LaneConfig = arguments["lane"]
+    worker = LaneWorker(config)
+    try:
+        worker.load()
+    except (TunerError, ImportError) as error:
+        worker.tell("fatal", str(error))
+        return
+    while worker.turn():
+        pass
+
+
+class LaneWorker:
+    """One worker of a lane."""
+
+    def __init__(self, config: LaneConfig) -> None:
+        import ray.train
+        import torch
+
+        self.config = config
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.coordinator = ray.get_actor(config.coordinator)
+        self.attempt = uuid.uuid4().hex
+        torch.set_num_threads(config.threads)
+
+    def load(self) -> None:
+        """Load encoder, store and text embeddings, and agree with the other lanes on the number format."""
+        from ray.train.torch import get_device
+
+        from tuner.data.store import Store
+        from tuner.encoders.registry import inspect_encoder, load_encoder
+        from tuner.train.pack import Pack, PackContext
+        from tuner.train.precision import dtype_of, measured_precision
+        from tuner.train.workers import Workers
+
+        settings, device = self.config.settings, get_device()
+        wanted = settings.precision if settings.precision != "auto" else measured_precision(device)
+        agreed = self.broadcast(self.tell("register", self.attempt, wanted))
+        encoder = load_encoder(inspect_encoder(settings.encoder), dtype_of(agreed), str(device))
+        context = PackContext(
+            encoder=encoder,
+            store=Store.open(Path(settings.store)),
+            settings=settings,
+            workers=Workers(self.rank, self.world),
+            prefix_root=Path(self.config.prefix_root),
+        )
+        self.pack = Pack(context)
+
+    def turn(self) -> bool:
+        """Take orders, then train one epoch of the members that are least far. False when told to stop."""
+        held = list(self.pack.members)
+        orders: Orders = self.broadcast(self.tell("poll", held, self.config.capacity, POLL_SECONDS))
+        if orders.stop:
+            return False
+        for trial in orders.drop:
+            self.pack.detach(trial)
+        for trial, values in orders.new:
+            self._attach(trial, TrialConfig.model_validate(values))
+        epochs = self.config.settings.epochs
+        behind = {trial: m.epoch for trial, m in self.pack.members.items() if m.epoch < epochs}
+        if behind:
+            first = min(behind.values())
+            self._epoch([trial for trial, epoch in behind.items() if epoch == first])
+        return True
+
+    def _attach(self, trial: str, config: TrialConfig) -> None:
+        if trial in self.pack.members:
+            self.pack.detach(trial)
+        try:
+            member = self.pack.attach(trial, config, self._checkpoint(trial))
+        except TunerError as error:
+            self.tell("fail", trial, str(error))
+            return
+        if member.history:
+            self.tell("report", trial, member.history)
+
+    def _epoch(self, trials: list[str]) -> None:
+        try:
+            rows = self.pack.train_epoch(trials)
+        except RuntimeError as error:
+            rows = dict.fromkeys(trials, TrialFailed(_reason(error)))
+        for trial in trials:
+            row = rows[trial]
+            if isinstance(row, TrialFailed):
+                self._give_up(trial, str(row))
+            else:
+                self._finish_epoch(trial, row)
+
+    def _finish_epoch(self, trial: str, row: dict[str, float]) -> None:
+        started = time.perf_counter()
+        try:
+            metrics = self.pack.validate(trial).metrics()
+        except RuntimeError as error:
+            self._give_up(trial, _reason(error))
+            return
+        member = self.pack.members[trial]
+        counts = {
+            "lora_parameters": member.placement.lora_parameters if member.placement else 0,
+            "trainable_parameters": member.trainable_parameters,
+        }
+        member.history.append({**row, "validation_seconds": time.perf_counter() - started, **counts, **metrics})
+        if self.rank == 0:
+            member.save(self._checkpoint(trial))
+        self.tell("report", trial, member.history)
+
+    def _give_up(self, trial: str, reason: str) -> None:
+        logger.warning("%s: %s", trial, reason)
+        self.pack.detach(trial)
+        self.tell("fail", trial, reason)
+
+    def _checkpoint(self, trial: str) -> Path:
+        return checkpoint_path(Path(self.config.run_dir), trial)
+
+    def tell(self, method: str, *arguments: Any) -> Any:
+        """Call the coordinator from rank 0; the other ranks get None."""
+        if self.rank != 0:
+            return None
+        names = () if method == "fatal" else (self.config.lane,)
+        return ray.get(getattr(self.coordinator, method).remote(*names, *arguments))
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def checkpoint_path(run_dir: Path, trial: str) -> Path:
+    """Where the last epoch of a trial is kept."""
+    return run_dir / "checkpoints" / f"{trial}.pt"
+
+
+def _reason(error: RuntimeError) -> str:
+    """First line of an error inside a training step; CUDA's out-of-memory says so itself."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -1,0 +1,1 @@
+"""The search itself: an Optuna study behind Ray Tune, its records, and the confirmed front."""

@@ -1,0 +1,123 @@
+"""Tune's events, written to the journal and shown in the view."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+
+from tuner.report.live import EpochRow, View
+from tuner.search.records import Journal
+
+# Rewriting the table costs a few milliseconds; more often than this nobody looks.
+TABLE_SECONDS = 5.0
+
+
+class Recorder(tune.Callback):
+    """Journal and live view of one search.
+
+    Args:
+        parameters: exact trainable parameters of a configuration, known before it trains.
+        first_epoch: called once, when the first epoch of this run has been reported.
+        failure: asked after a failed trial: why no trial at all can be trained, if so.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        view: View,
+        metric: str,
+        parameters: Callable[[dict[str, Any]], int],
+        first_epoch: Callable[[], None],
+        failure: Callable[[], str | None],
+    ) -> None:
+        self.journal, self.view, self.metric = journal, view, metric
+        self.parameters, self.first_epoch, self.failure = parameters, first_epoch, failure
+        self.fatal: str | None = None
+        self._ended: set[str] = set()
+        self._seen_epoch = False
+        self._written = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note the configuration."""
+        config = trial.config
+        self.journal.trial(config["trial"], config["origin"], config["config"])
+        self.view.trial_started(
+            config["trial"], config["origin"], summary(config["config"]), self.parameters(config["config"])
+        )
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Note an epoch, unless a resumed trial is only telling its past again."""
+        if result.get("failed"):
+            return
+        if not self._seen_epoch:
+            self._seen_epoch = True
+            self.first_epoch()
+        name, epochs = trial.config["trial"], trial.config["epochs"]
+        row = {key: value for key, value in result.items() if key in ROW_KEYS or key.startswith(ROW_PREFIXES)}
+        if not self.journal.epoch(name, row):
+            return
+        self.view.epoch(
+            EpochRow(
+                trial=name,
+                epoch=row["epoch"],
+                epochs=epochs,
+                loss=row["loss"],
+                recall=row[self.metric],
+                metric=self.metric,
+                seconds=row["train_seconds"] + row["validation_seconds"],
+                parameters=row["trainable_parameters"],
+            )
+        )
+        if time.monotonic() - self._written > TABLE_SECONDS:
+            self.journal.write_parquet()
+            self._written = time.monotonic()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note how it ended: complete, failed with its reason, or stopped by the scheduler."""
+        result = trial.last_result or {}
+        if result.get("failed"):
+            self._end(trial, "failed", result["failed"])
+            self.fatal = self.fatal or self.failure()
+        else:
+            self._end(trial, "complete" if result.get("final") else "stopped", None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's own actor died more often than Tune starts it again."""
+        error = trial.get_error()
+        self._end(trial, "failed", f"trial actor: {type(error).__name__}" if error else "trial actor died")
+
+    def _end(self, trial: Any, state: str, reason: str | None) -> None:
+        name = trial.config["trial"]
+        self.journal.end(name, state, reason)
+        self.view.trial_finished(name, state, reason)
+
+
+ROW_KEYS = frozenset(
+    {
+        "epoch",
+        "loss",
+        "train_seconds",
+        "validation_seconds",
+        "clips_per_second",
+        "logit_scale",
+        "lora_parameters",
+        "trainable_parameters",
+    }
+)
+ROW_PREFIXES = ("recall@", "audio_to_text_", "text_to_audio_")
+
+
+def summary(config: dict[str, Any]) -> str:
+    """A configuration in a few words: `r=16 alpha=32 dropout=0.1 q_proj,v_proj from block 0 lr=1.0e-03`."""
+    lora = config["lora"]
+    if lora is None:
+        return "projection only"
+    return (
+        f"r={lora['rank']} alpha={lora['alpha_ratio'] * lora['rank']:g} dropout={lora['dropout']:g} "
+        f"{','.join(lora['targets'])} from block {lora['first_layer']} lr={config['optim']['lora_lr']:.1e}"
+    )

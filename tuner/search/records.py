@@ -1,0 +1,144 @@
+"""What a study leaves on disk while it runs: `study.json`, a journal of epochs, and `trials.parquet` made from it.
+
+The journal is appended and flushed line by line, so a killed driver loses at most the line it was writing; a resumed
+trial reports its past epochs again and the last line of each (trial, epoch) counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tuner.config import TrialConfig
+from tuner.errors import StudyError
+
+STUDY_FILE = "study.json"
+JOURNAL_FILE = "journal.jsonl"
+TRIALS_FILE = "trials.parquet"
+FRONT_FILE = "front.json"
+
+Row = dict[str, Any]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file under a temporary name and rename it."""
+    staged = path.with_name(path.name + ".tmp")
+    staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def read_study(run_dir: Path) -> dict[str, Any]:
+    """The study's record.
+
+    Raises:
+        StudyError: there is no study in this folder.
+    """
+    path = run_dir / STUDY_FILE
+    if not path.is_file():
+        raise StudyError(f"{run_dir}: no study here (no {STUDY_FILE}); `tuner search` makes one")
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+class Journal:
+    """Append-only record of trials, epochs and ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._trials: dict[str, Row] = {}
+        self._epochs: dict[tuple[str, int], Row] = {}
+        path = run_dir / JOURNAL_FILE
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                self._apply(json.loads(line))
+            except json.JSONDecodeError:
+                # The line that was being written when the driver was killed; its epoch is reported again.
+                continue
+        self._file = path.open("a", encoding="utf-8")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")
+
+    def trial(self, trial: str, origin: str, config: Row) -> None:
+        """A trial has been given its configuration."""
+        self._write({"event": "trial", "trial": trial, "origin": origin, "config": config})
+
+    def epoch(self, trial: str, row: Row) -> bool:
+        """An epoch has been reported. False when it was known already."""
+        known = (trial, int(row["epoch"])) in self._epochs
+        if not known:
+            self._write({"event": "epoch", "trial": trial, "row": row})
+        return not known
+
+    def end(self, trial: str, state: str, reason: str | None = None) -> None:
+        """A trial has ended as `complete`, `stopped` or `failed`."""
+        self._write({"event": "end", "trial": trial, "state": state, "reason": reason})
+
+    def rows(self) -> list[Row]:
+        """A row per trial and epoch, in order; a trial without an epoch has one row without metrics."""
+        rows: list[Row] = []
+        for trial, facts in sorted(self._trials.items()):
+            head = {"trial": trial, "number": int(trial[1:]), **facts}
+            epochs = sorted(epoch for name, epoch in self._epochs if name == trial)
+            rows.extend(head | self._epochs[trial, epoch] for epoch in epochs)
+            if not epochs:
+                rows.append(head)
+        return rows
+
+    def write_parquet(self) -> None:
+        """Write `trials.parquet` from everything seen so far."""
+        rows = self.rows()
+        if not rows:
+            return
+        columns = dict.fromkeys(column for row in rows for column in row)
+        table = pa.table({column: _column([row.get(column) for row in rows]) for column in columns})
+        staged = self.run_dir / (TRIALS_FILE + ".tmp")
+        pq.write_table(table, staged)
+        staged.replace(self.run_dir / TRIALS_FILE)
+
+    def close(self) -> None:
+        """Write the table a last time and let go of the file."""
+        self.write_parquet()
+        self._file.close()
+
+    def _write(self, event: Row) -> None:
+        self._apply(event)
+        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def _apply(self, event: Row) -> None:
+        trial = event["trial"]
+        if event["event"] == "trial":
+            facts = {"origin": event["origin"], "state": "running", "reason": None}
+            self._trials[trial] = facts | flat_config(TrialConfig.model_validate(event["config"]))
+        elif event["event"] == "epoch":
+            self._epochs[trial, int(event["row"]["epoch"])] = event["row"]
+        else:
+            self._trials[trial] |= {"state": event["state"], "reason": event["reason"]}
+
+
+def flat_config(config: TrialConfig) -> Row:
+    """A configuration as columns with dotted names; `lora.*` is null for the projection alone."""
+    flat: Row = {
+        f"lora.{field}": None for field in ("rank", "alpha_ratio", "dropout", "targets", "first_layer", "rslora")
+    }
+    for group, values in config.model_dump(mode="json").items():
+        if isinstance(values, dict):
+            flat |= {f"{group}.{field}": value for field, value in values.items()}
+        elif group != "lora":
+            flat[group] = values
+    if config.lora:
+        flat["lora.targets"] = ",".join(config.lora.targets)
+    return flat
+
+
+def _column(values: list[Any]) -> Any:
+    present = [value for value in values if value is not None]
+    if present and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
+        whole = all(isinstance(value, int) for value in present)
+        return pa.array(values, pa.int64() if whole else pa.float64())
+    return pa.array(values, None if present else pa.string())

@@ -1,0 +1,125 @@
+"""What a search was asked for, whether it fits encoder and data, and the study's record on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from tuner.config import LoraSpec, RunSettings, TrialConfig
+from tuner.data.store import Store
+from tuner.encoders.spec import EncoderSpec
+from tuner.errors import StudyError
+from tuner.lanes.fleet import FleetOptions
+from tuner.lora.placement import trainable_parameters
+from tuner.search.confirm import BASELINE, RECOMMENDED
+from tuner.search.records import STUDY_FILE, read_study, write_json
+from tuner.search.searcher import Objective
+from tuner.space import SearchSpace
+
+PARAMETERS = "trainable_parameters"
+# The strategy document's recommendation: rank 16, alpha 32, dropout 0.1 on the attention projections of every block.
+RECOMMENDATION = LoraSpec(
+    rank=16, alpha_ratio=2.0, dropout=0.1, targets=("q_proj", "k_proj", "v_proj", "o_proj"), first_layer=0
+)
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What `tuner search` was asked for."""
+
+    run_dir: Path
+    space: SearchSpace
+    settings: RunSettings
+    metric: str = "recall@10"
+    minimise_parameters: bool = True
+    trials: int = 16
+    seed: int = 0
+    address: str | None = None
+    dashboard: bool = True
+    fleet: FleetOptions = field(default_factory=FleetOptions)
+
+    @property
+    def study(self) -> str:
+        """The study's name: its folder's."""
+        return self.run_dir.name
+
+    @property
+    def store_path(self) -> Path:
+        """The prepared store."""
+        return Path(self.settings.store)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """Recall first, then the number of trainable parameters unless it does not matter."""
+        cost = (Objective(PARAMETERS, "minimize"),) if self.minimise_parameters else ()
+        return (Objective(self.metric, "maximize"), *cost)
+
+
+def check_fit(request: SearchRequest, spec: EncoderSpec, store: Store) -> None:
+    """Refuse what cannot work before anything starts.
+
+    Raises:
+        StudyError: the store was prepared for another encoder.
+        PlacementError: the space names a target or layer this encoder does not have.
+        DataError: a split is missing.
+    """
+    if store.encoder_fingerprint != spec.fingerprint:
+        raise StudyError(
+            f"{request.settings.store}: prepared for another encoder than {spec.source}; run `tuner prepare` with --encoder {spec.source}"
+        )
+    for split in ("train", "validation", "test"):
+        store.split(split)
+    request.space.validate_for(lambda config: _count(spec, config, store.text_dim))
+
+
+def _count(spec: EncoderSpec, config: TrialConfig, text_dim: int) -> None:
+    trainable_parameters(spec, config, text_dim)
+
+
+def fixed_configurations() -> dict[str, TrialConfig]:
+    """What every study measures first: the projection alone, and the strategy document's recommendation."""
+    return {BASELINE: TrialConfig(), RECOMMENDED: TrialConfig(lora=RECOMMENDATION)}
+
+
+def open_storage(run_dir: Path) -> optuna.storages.RDBStorage:
+    """The study's SQLite database; opens in optuna-dashboard."""
+    return optuna.storages.RDBStorage(f"sqlite:///{(run_dir / 'study.db').resolve()}")
+
+
+def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume: bool) -> dict[str, Any]:
+    """Create the study's record, or read it to go on.
+
+    Raises:
+        StudyError: it exists and `resume` was not asked for, or the other way round.
+    """
+    path = request.run_dir / STUDY_FILE
+    if path.exists() and not resume:
+        raise StudyError(
+            f"study {request.study} exists in {request.run_dir}; go on with `--resume {request.study}` or choose another --study"
+        )
+    if resume:
+        return read_study(request.run_dir)
+    request.run_dir.mkdir(parents=True, exist_ok=True)
+    record = {
+        "study": request.study,
+        "space": request.space.to_dict(),
+        "settings": request.settings.model_dump(mode="json"),
+        "objectives": [{"metric": o.metric, "direction": o.direction} for o in request.objectives],
+        "encoder": {
+            "family": spec.family,
+            "source": spec.source,
+            "num_layers": spec.num_layers,
+            "hidden_size": spec.hidden_size,
+        },
+        "data": {name: len(store.split(name)) for name in ("train", "validation", "test")}
+        | {"captions": len(store.captions)},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": request.seed,
+        "precision": None,
+    }
+    write_json(path, record)
+    return record
