@@ -172,7 +172,8 @@ class _Search:
         if not selection.trials:
             failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
             raise StudyError(
-                f"study {self.request.study}: all {len(failed)} trials failed; {self.request.run_dir}/trials.parquet says why"
+                f"study {self.request.study}: all {len(failed)} trials failed; "
+                f"{self.request.run_dir}/trials.parquet says why"
             )
         self.view.message(f"confirming {len(selection.trials)} trials on the test gallery")
         points = confirm(selection, self.request.run_dir, self.request.settings, self.record["precision"], resources)

@@ -69,7 +69,8 @@ def check_fit(request: SearchRequest, spec: EncoderSpec, store: Store) -> None:
     """
     if store.encoder_fingerprint != spec.fingerprint:
         raise StudyError(
-            f"{request.settings.store}: prepared for another encoder than {spec.source}; run `tuner prepare` with --encoder {spec.source}"
+            f"{request.settings.store}: prepared for another encoder than {spec.source}; "
+            f"run `tuner prepare` with --encoder {spec.source}"
         )
     for split in ("train", "validation", "test"):
         store.split(split)
@@ -99,7 +100,8 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
     path = request.run_dir / STUDY_FILE
     if path.exists() and not resume:
         raise StudyError(
-            f"study {request.study} exists in {request.run_dir}; go on with `--resume {request.study}` or choose another --study"
+            f"study {request.study} exists in {request.run_dir}; "
+            f"go on with `--resume {request.study}` or choose another --study"
         )
     if resume:
         return read_study(request.run_dir)

@@ -1,4 +1,4 @@
-"""Load an exported adapter with plain PEFT and measure it. The numbers of a front come from here, and from nowhere else.
+"""Load an exported adapter with plain PEFT and measure it: where every number of a front comes from.
 
 Confirmation of a front and `tuner evaluate` are the same call on the same files, so they agree to the last digit on one
 machine: same forward passes, same number format, no training-time cache.

@@ -136,7 +136,7 @@ class Member:
         self.epoch, self.history = state["epoch"], list(state["history"])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint under a temporary name and rename it, so that a killed worker leaves the last one whole."""
+        """Write a checkpoint under a temporary name and rename it: a killed worker leaves the last one whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".tmp")
         torch.save(self.state(), staged)

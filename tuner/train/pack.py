@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class PackContext:
     encoder: AudioEncoder
     store: Store
     settings: RunSettings
-    workers: Workers = Workers()
+    workers: Workers = field(default_factory=Workers)
     prefix_root: Path | None = None  # None: no cache, the prefix is computed anew at each use
 
 
