@@ -121,7 +121,7 @@ def test_damaged_files_are_refused(tower: WhisperEncoder, tmp_path: Path) -> Non
         inspect_encoder(folder_with(tmp_path, b""))
     with pytest.raises(EncoderError, match=r"format 6 \(found 5\)"):
         inspect_encoder(folder_with(tmp_path, model_bin(converted(tower), version=5)))
-    with pytest.raises(EncoderError, match="TransformerSpec.*whisper"):
+    with pytest.raises(EncoderError, match=r"TransformerSpec.*whisper"):
         inspect_encoder(folder_with(tmp_path, model_bin(converted(tower), name="TransformerSpec")))
 
 

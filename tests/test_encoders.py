@@ -104,7 +104,8 @@ def window_of_30s(extractor: WhisperFeatures, waveform: NDArray[np.float32]) -> 
 @pytest.mark.parametrize("loudness", [0.3, 1e-5])
 def test_features_are_the_first_frames_of_the_padded_run(extractor: WhisperFeatures, loudness: float) -> None:
     near_full = [30 * RATE - gap for gap in (0, 1, 159, 160, 319, 320, 321, 480, 640, 641)]
-    for samples in [1, 100, 159, 160, 161, 320, 321, 479, 480, 481, 1000, 1760, 1777, 8000, 16_123, 100_001, *near_full]:
+    short = [1, 100, 159, 160, 161, 320, 321, 479, 480, 481, 1000, 1760, 1777, 8000, 16_123, 100_001]
+    for samples in [*short, *near_full]:
         waveform = noise(samples, loudness, samples)
         features, frames = extractor.extract(waveform)
         tokens = extractor.spec.token_length(frames)
@@ -326,7 +327,7 @@ def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
         inspect(folder / "config.json")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"encoder_layers": 0}))
-    with pytest.raises(EncoderError, match="encoder_layers in config.json is 0"):
+    with pytest.raises(EncoderError, match=r"encoder_layers in config.json is 0"):
         inspect(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(EncoderError, match=r"model_type 'bert'; known families are whisper"):
@@ -335,7 +336,7 @@ def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="not valid JSON"):
         inspect(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(EncoderError, match="config.json: cannot be read"):
+    with pytest.raises(EncoderError, match=r"config.json: cannot be read"):
         inspect(folder)
 
 
