@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -198,17 +199,32 @@ def test_searched_values_keep_the_scale_of_the_space(finished: Path) -> None:
     assert {item["setting"] for item in values} == {"attention", "query_value"}
 
 
-def test_dominated_area_never_shrinks(finished: Path) -> None:
-    reached = [item["reached"] for item in charted(all_charts(read_run(finished))["progress"])]
-    assert reached == sorted(reached) and reached[-1] > reached[1] > 0
+def test_dominated_area_counts_parameters_in_decades_and_never_shrinks(finished: Path) -> None:
+    run = read_run(finished)
+    reached = [item["reached"] for item in charted(all_charts(run)["progress"])]
+    assert reached == sorted(reached) and reached[-1] > reached[1]
+    # The projection alone has the worst recall and so no area; the second trial's is one rectangle.
+    first, second = run.measured[:2]
+    decades = 1 + math.log10(max(trial.parameters or 0 for trial in run.measured) / (second.parameters or 1))
+    assert reached[0] == 0.0
+    assert reached[1] == pytest.approx(((second.value or 0.0) - (first.value or 0.0)) * decades)
 
 
 def test_front_of_a_running_search_is_computed_from_finished_trials(tmp_path: Path) -> None:
     confirmed = read_run(write_run(tmp_path / "confirmed"))
     (tmp_path / "confirmed" / "front.json").unlink()
     assert read_run(tmp_path / "confirmed").on_front == confirmed.on_front
-    running = read_run(write_run(tmp_path / "running", front=False, trials=6))
-    assert running.trials[-1].state == "running" and "t0005" not in running.on_front
+    folder = write_run(tmp_path / "running", front=False, trials=6)
+    table = pq.read_table(folder / "trials.parquet")
+    unbeaten = [
+        0.99 if trial == "t0005" else value
+        for trial, value in zip(*(table[name].to_pylist() for name in ("trial", "recall@10")), strict=True)
+    ]
+    index = table.schema.get_field_index("recall@10")
+    pq.write_table(table.set_column(index, "recall@10", [unbeaten]), folder / "trials.parquet")
+    running = read_run(folder)
+    assert running.trials[-1].state == "running" and running.trials[-1].value == 0.99
+    assert "t0005" not in running.on_front
 
 
 def test_page_of_a_running_search(tmp_path: Path) -> None:
