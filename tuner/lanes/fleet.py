@@ -116,7 +116,7 @@ def fleet(
         use_gpu=use_gpu,
     )
     names = [f"tuner-lane:{study}:{index}" for index in range(lanes)]
-    hosts = [
+    hosts: list[Any] = [
         ray.remote(LaneHost).options(num_cpus=0, name=lane, max_restarts=-1, resources=HEAD_NODE).remote()
         for lane in names
     ]
