@@ -52,10 +52,16 @@ class LoraSpec(Frozen):
     """Low-rank adaptation of the encoder (Hu et al. 2021, arXiv:2106.09685): W x + (alpha / rank) B A x."""
 
     rank: int = Field(ge=1, description="rank r of A (r x in) and B (out x r)")
-    alpha_ratio: float = Field(default=2.0, gt=0, description="alpha divided by rank, so the scaling does not move with rank")
+    alpha_ratio: float = Field(
+        default=2.0, gt=0, description="alpha divided by rank, so the scaling does not move with rank"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of A")
-    targets: tuple[str, ...] = Field(min_length=1, description="linear layers of a block, by the family's names or aliases")
-    first_layer: int = Field(default=0, description="first adapted block; negative counts from the top (-1 = last block)")
+    targets: tuple[str, ...] = Field(
+        min_length=1, description="linear layers of a block, by the family's names or aliases"
+    )
+    first_layer: int = Field(
+        default=0, description="first adapted block; negative counts from the top (-1 = last block)"
+    )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
 
     @property
@@ -78,14 +84,18 @@ class OptimSpec(Frozen):
     head_lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of all steps spent warming up")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="clipping by the global norm of one adapter's gradients")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="clipping by the global norm of one adapter's gradients"
+    )
 
 
 class LossSpec(Frozen):
     """Contrastive loss against frozen text embeddings."""
 
     kind: Literal["infonce", "siglip"] = "infonce"
-    temperature: float = Field(default=0.07, ge=0.01, le=1, description="initial or fixed; logit_scale is 1 / temperature")
+    temperature: float = Field(
+        default=0.07, ge=0.01, le=1, description="initial or fixed; logit_scale is 1 / temperature"
+    )
     learn_temperature: bool = True
 
 
@@ -104,7 +114,9 @@ class EncoderRef(Frozen):
     """Which pretrained audio encoder, and how clips are given to it."""
 
     source: str = Field(description="hub id, Hugging Face folder or faster-whisper folder")
-    pad_to_30s: bool = Field(default=False, description="the original fixed 30 s window instead of the clip's own length")
+    pad_to_30s: bool = Field(
+        default=False, description="the original fixed 30 s window instead of the clip's own length"
+    )
 
 
 class RunSettings(Frozen):
@@ -114,8 +126,12 @@ class RunSettings(Frozen):
     encoder: EncoderRef
     epochs: int = Field(default=8, ge=1)
     batch_size: int = Field(default=128, ge=2, description="clips per optimiser step, over all workers of a lane")
-    tokens_per_forward: int = Field(default=4096, ge=1, description="encoder tokens per forward pass: bounds padding and memory")
-    data_seed: int = Field(default=0, ge=0, description="order of clips and choice of captions, the same for all trials")
+    tokens_per_forward: int = Field(
+        default=4096, ge=1, description="encoder tokens per forward pass: bounds padding and memory"
+    )
+    data_seed: int = Field(
+        default=0, ge=0, description="order of clips and choice of captions, the same for all trials"
+    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
 
@@ -126,8 +142,21 @@ def read_yaml(path: Path) -> Any:
         ConfigError: the file is missing or is not YAML; names the line.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader; a key written twice is an error instead of the last one winning in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -134,7 +134,7 @@ class Pack:
             "loss": float(torch.stack(losses).mean()),
             "train_seconds": seconds,
             "clips_per_second": len(self.train_clips) / seconds,
-            "logit_scale": float(member.loss.logit_scale()),
+            "logit_scale": float(member.loss.logit_scale().detach()),
         }
 
     def _step(self, member: Member, batch: Batch, same_BB: Tensor) -> Tensor:

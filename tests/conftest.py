@@ -1,0 +1,125 @@
+"""A tiny random Whisper encoder and a small synthetic store, shared by the tests of training, lanes and search."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tuner.config import EncoderRef, RunSettings
+from tuner.data.splits import SPLITS
+from tuner.data.store import Store
+from tuner.data.writer import FeatureWriter, write_captions, write_clips, write_meta
+from tuner.encoders.registry import inspect_encoder
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+CAPTIONS = 6
+TEXT_DIM = 8
+MELS = 16
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A folder with an encoder, and a store of its features."""
+
+    encoder: EncoderRef
+    store_folder: Path
+
+    def store(self) -> Store:
+        return Store.open(self.store_folder)
+
+    def settings(self, **changes: Any) -> RunSettings:
+        values = {"epochs": 2, "batch_size": 12, "tokens_per_forward": 64, "precision": "fp32"} | changes
+        return RunSettings(store=str(self.store_folder), encoder=self.encoder, **values)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    reference = EncoderRef(source=str(write_encoder(folder / "encoder")))
+    return Tiny(reference, write_store(folder / "store", reference))
+
+
+def write_encoder(folder: Path, layers: int = 3) -> Path:
+    """A random Whisper as Hugging Face saves it."""
+    import torch
+    from transformers import WhisperConfig, WhisperModel
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=layers,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=32,
+        num_mel_bins=MELS,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        max_source_positions=100,
+    )
+    WhisperModel(config).save_pretrained(folder)
+    return folder
+
+
+def write_store(folder: Path, encoder: EncoderRef, clips: int = 60) -> Path:
+    """Clips of 3 to 11 tokens; a clip's sound says which of a few captions it has, so that training can learn it."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    spec = inspect_encoder(encoder)
+    # Loud, because a random encoder hears positions better than sound.
+    patterns = 20 * random.standard_normal((CAPTIONS, MELS, 1))
+    frames = random.integers(6, 22, size=clips)
+    features = []
+    for clip in range(clips):
+        stored = 2 * ((int(frames[clip]) - 1) // 2 + 1) + 2
+        features.append((patterns[clip % CAPTIONS] + 5 * random.standard_normal((MELS, stored))).astype(np.float32))
+    with FeatureWriter(folder) as writer:
+        writer.add(range(clips), pa.array([item.reshape(-1) for item in features], pa.list_(pa.float32())))
+    places = writer.places(range(clips))
+    write_clips(
+        folder,
+        {
+            "clip_id": [f"clip-{clip}" for clip in range(clips)],
+            "audio": [f"{clip}.wav" for clip in range(clips)],
+            "language": ["en"] * clips,
+            "split": [
+                SPLITS.index("train" if clip < 36 else "validation" if clip < 48 else "test") for clip in range(clips)
+            ],
+            "frames": frames,
+            "seconds": frames / 100,
+            # Every seventh clip has a second caption.
+            "captions": [[clip % CAPTIONS] + ([CAPTIONS] if clip % 7 == 0 else []) for clip in range(clips)],
+            "shard": places[:, 0],
+            "batch": places[:, 1],
+            "slot": places[:, 2],
+        },
+    )
+    embeddings = random.standard_normal((CAPTIONS + 1, TEXT_DIM))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    write_captions(folder, [f"caption {index}" for index in range(CAPTIONS + 1)], embeddings)
+    write_meta(
+        folder,
+        {
+            "fingerprint": "tiny-store",
+            "encoder": encoder.model_dump(),
+            "encoder_fingerprint": spec.fingerprint,
+            "text_encoder": "random",
+            "text_fingerprint": "random-text",
+            "text_dim": TEXT_DIM,
+            "feature_channels": MELS,
+            "shards": writer.shards,
+        },
+    )
+    return folder

@@ -1,0 +1,100 @@
+"""Retrieval metrics against a naive oracle; ties, several captions, bootstrap."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tuner.train.metrics import bootstrap, retrieve
+
+
+def naive(score: np.ndarray, positive: np.ndarray) -> tuple[list[int], list[float]]:
+    """Rank of the best positive and AP@10, one query at a time: a negative of equal score goes first."""
+    ranks, precisions = [], []
+    for row, wanted in zip(score, positive, strict=True):
+        order = sorted(range(len(row)), key=lambda item: (-row[item], wanted[item]))
+        hits = [bool(wanted[item]) for item in order]
+        ranks.append(hits.index(True) + 1)
+        found, total = 0, 0.0
+        for place, hit in enumerate(hits[:10], start=1):
+            if hit:
+                found += 1
+                total += found / place
+        precisions.append(total / min(10, sum(hits)))
+    return ranks, precisions
+
+
+def problem(seed: int, clips: int = 40, captions: int = 25) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    text = F.normalize(torch.randn(captions, 6), dim=-1)
+    owned = [random.choice(captions, size=random.integers(1, 4), replace=False) for _ in range(clips)]
+    # Every caption needs an owner, as in a gallery made of a split's own captions.
+    owned += [np.array([caption]) for caption in range(captions)]
+    audio = torch.stack([F.normalize(text[item[0]] + 0.8 * torch.randn(6), dim=-1) for item in owned])
+    return audio, text, owned
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_both_directions_equal_the_naive_oracle(seed: int, chunk: int) -> None:
+    audio, text, owned = problem(seed)
+    if seed == 3:
+        audio = audio.sign()  # many exact ties
+        text = text.sign()
+    positive = np.zeros((len(audio), len(text)), dtype=bool)
+    for clip, captions in enumerate(owned):
+        positive[clip, captions] = True
+    result = retrieve(audio, text, owned, chunk=chunk)
+    score = (audio @ text.T).numpy()
+    for results, scores, wanted in (
+        (result.audio_to_text, score, positive),
+        (result.text_to_audio, score.T, positive.T),
+    ):
+        ranks, precisions = naive(scores, wanted)
+        assert results.rank_Q.tolist() == ranks
+        np.testing.assert_allclose(results.ap10_Q, precisions, rtol=1e-6)
+
+
+def test_metrics_of_known_ranks() -> None:
+    audio = torch.eye(4)
+    text = torch.eye(4)[[0, 1, 3, 2]]
+    metrics = retrieve(audio, text, [np.array([item]) for item in range(4)]).metrics()
+    assert metrics["audio_to_text_R@1"] == 0.5
+    assert metrics["recall@1"] == 0.5
+    assert metrics["recall@5"] == 1.0
+    # Clip 2 scores 0 with its own caption, as with two others that do not match: all of those go first.
+    assert metrics["audio_to_text_median_rank"] == 2.5
+    assert metrics["audio_to_text_N"] == 4
+
+
+def test_a_collapsed_encoder_gets_nothing() -> None:
+    """Equal embeddings tie with everything, and a tie counts against the query."""
+    metrics = retrieve(torch.ones(30, 3), torch.ones(30, 3), [np.array([item]) for item in range(30)]).metrics()
+    assert metrics["recall@10"] == 0.0
+    assert metrics["audio_to_text_median_rank"] == 30
+
+
+def test_interval_holds_the_mean_and_shrinks_with_more_queries() -> None:
+    small, large = (retrieve(*problem(1, clips=clips)) for clips in (20, 2000))
+    for result in (small, large):
+        low, high = bootstrap(result)["recall@1"]
+        assert low <= result.metrics()["recall@1"] <= high
+    width = [np.diff(bootstrap(result)["audio_to_text_R@1"])[0] for result in (small, large)]
+    assert width[1] < 0.5 * width[0]
+
+
+def test_the_interval_is_the_normal_one_for_many_queries() -> None:
+    result = retrieve(*problem(2, clips=2000))
+    mean, queries = result.metrics()["audio_to_text_R@1"], len(result.audio_to_text.rank_Q)
+    spread = 1.96 * np.sqrt(mean * (1 - mean) / queries)
+    low, high = bootstrap(result)["audio_to_text_R@1"]
+    assert low == pytest.approx(mean - spread, abs=0.15 * spread)
+    assert high == pytest.approx(mean + spread, abs=0.15 * spread)
+
+
+def test_a_paired_difference_with_itself_is_zero() -> None:
+    result = retrieve(*problem(1))
+    assert bootstrap(result, result)["recall@10"] == (0.0, 0.0)
