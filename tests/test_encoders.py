@@ -22,6 +22,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tuner.config import EncoderRef
 from tuner.encoders.base import AudioEncoder
+from tuner.encoders.checkpoint import fingerprint
 from tuner.encoders.registry import families, inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper import WhisperFeatures, silence_level
@@ -214,14 +215,25 @@ def test_the_last_token_needs_the_silence_behind_it(truncated: AudioEncoder, ext
         truncated.stem(truncated.pad_features([features[:, : 2 * tokens]]), torch.tensor([frames]))
 
 
-def test_padded_equals_transformers_encoder(padded: AudioEncoder, extractor: WhisperFeatures) -> None:
-    clips = [CLIPS[0], CLIPS[1], CLIPS[4]]
+@pytest.mark.parametrize("clips", [[CLIPS[0], CLIPS[1]], [CLIPS[4]]])
+def test_padded_equals_transformers_encoder(
+    padded: AudioEncoder, extractor: WhisperFeatures, clips: list[NDArray[np.float32]]
+) -> None:
     hidden_BTD, _ = run(padded, extractor, clips)
-    assert hidden_BTD.shape == (3, 1500, 384)
+    assert hidden_BTD.shape == (len(clips), 1500, 384)
     windows = torch.from_numpy(np.stack([window_of_30s(extractor, clip) for clip in clips]))
     with torch.inference_mode():
         reference_BTD = padded.tower(windows).last_hidden_state
     assert (hidden_BTD - reference_BTD).abs().max() <= 1e-5 * reference_BTD.abs().max()
+
+
+def test_padding_attends_whatever_the_mask_says(folder: Path) -> None:
+    mask_BT = torch.arange(1500) < torch.tensor([[30], [700]])
+    hidden_BTD = torch.randn(2, 1500, 32)
+    original = load_encoder(inspect(folder, pad=True), torch.float32)
+    assert torch.equal(original.block(0, hidden_BTD, mask_BT), original.block(0, hidden_BTD, None))
+    cut = load_encoder(inspect(folder), torch.float32)
+    assert not torch.allclose(cut.block(0, hidden_BTD, mask_BT), cut.block(0, hidden_BTD, None), atol=1e-3)
 
 
 def test_padding_attends_so_the_two_are_different_models(
@@ -311,6 +323,16 @@ def test_fingerprint_follows_content_not_place(folder: Path, tmp_path: Path) -> 
     assert inspect(folder).fingerprint != before
     (tmp_path / "copy" / "preprocessor_config.json").write_text("{}")
     assert inspect(tmp_path / "copy").fingerprint != before
+
+
+def test_fingerprint_samples_the_middle_of_large_files(tmp_path: Path) -> None:
+    content = bytearray(8 << 20)
+    path = tmp_path / "weights"
+    path.write_bytes(content)
+    before = fingerprint([], [path])
+    content[4 << 20 : 5 << 20] = b"\1" * (1 << 20)  # neither in the first nor in the last MiB
+    path.write_bytes(content)
+    assert fingerprint([], [path]) != before
 
 
 # What cannot be used

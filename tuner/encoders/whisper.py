@@ -133,9 +133,9 @@ class WhisperFeatures:
                 f"{self.spec.max_seconds:g} s; cut it"
             )
         kept = min(STRIDE * self.spec.token_length(frames) + 2, self.spec.max_frames)
-        # The window of a frame reaches 200 samples past its centre and is mirrored at the end of the signal: zeros
-        # stand there instead, as in the padded run.
-        samples = min(max(kept, MIN_FRAMES) * HOP + FFT, self.spec.max_frames * HOP)
+        # Two frames more than the tokens need end the signal with at least 320 zeros. The extractor mirrors the last
+        # 200 samples at the end, which would otherwise change the last real frame.
+        samples = max(kept, min(MIN_FRAMES, self.spec.max_frames)) * HOP
         padded = np.zeros(samples, dtype=np.float32)
         padded[: waveform.size] = waveform
         output = self.extractor(padded, sampling_rate=SAMPLING_RATE, padding="do_not_pad", truncation=False)
