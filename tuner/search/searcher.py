@@ -82,13 +82,14 @@ class StudySearcher(Searcher):
 
     @property
     def remaining(self) -> int:
-        """How many trials are still to be started or continued."""
-        started = [trial for trial in self.study.get_trials(deepcopy=False) if "config" in trial.user_attrs]
-        return len(self._interrupted) + max(0, self.trials - len(started))
+        """How many trials are still to be started, continued, or under way."""
+        trials = [trial for trial in self.study.get_trials(deepcopy=False) if "config" in trial.user_attrs]
+        running = sum(trial.state == TrialState.RUNNING for trial in trials)
+        return running + max(0, self.trials - len(trials))
 
     def suggest(self, tune_id: str) -> Any:
         """The next configuration for Tune, or FINISHED."""
-        if self.remaining == 0:
+        if not self._interrupted and self._started() >= self.trials:
             return Searcher.FINISHED
         if self._interrupted:
             trial = self._interrupted.pop(0)
@@ -102,6 +103,9 @@ class StudySearcher(Searcher):
             "config": json.loads(attributes["config"]),
             **self.extra,
         }
+
+    def _started(self) -> int:
+        return sum("config" in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
 
     def _start(self) -> tuple[int, dict[str, Any]]:
         self.study.sampler = make_sampler(self.seed, len(self.study.get_trials(deepcopy=False)))

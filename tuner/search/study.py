@@ -91,21 +91,52 @@ def open_storage(run_dir: Path) -> optuna.storages.RDBStorage:
     return optuna.storages.RDBStorage(f"sqlite:///{(run_dir / 'study.db').resolve()}")
 
 
+def check_new(run_dir: Path) -> None:
+    """Refuse a study that exists, before anything is prepared for it.
+
+    Raises:
+        StudyError: it exists; says how to go on with it.
+    """
+    if (run_dir / STUDY_FILE).exists():
+        raise StudyError(
+            f"study {run_dir.name} exists in {run_dir}; go on with `--resume {run_dir.name}` or choose another --study"
+        )
+
+
+def resumed_request(run_dir: Path, trials: int | None) -> SearchRequest:
+    """The request of an existing study; `trials` larger than before extends it.
+
+    Raises:
+        StudyError: there is no such study.
+    """
+    record = read_study(run_dir)
+    origin = str(run_dir / STUDY_FILE)
+    metrics = [objective["metric"] for objective in record["objectives"]]
+    request = SearchRequest(
+        run_dir=run_dir,
+        space=SearchSpace.from_dict(record["space"], origin),
+        settings=RunSettings.parse(record["settings"], origin),
+        metric=metrics[0],
+        minimise_parameters=PARAMETERS in metrics,
+        trials=trials or record["trials"],
+        seed=record["seed"],
+    )
+    if trials is not None and trials > record["trials"]:
+        write_json(run_dir / STUDY_FILE, {**record, "trials": trials})
+    return request
+
+
 def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume: bool) -> dict[str, Any]:
     """Create the study's record, or read it to go on.
 
     Raises:
         StudyError: it exists and `resume` was not asked for, or the other way round.
     """
-    path = request.run_dir / STUDY_FILE
-    if path.exists() and not resume:
-        raise StudyError(
-            f"study {request.study} exists in {request.run_dir}; "
-            f"go on with `--resume {request.study}` or choose another --study"
-        )
     if resume:
         return read_study(request.run_dir)
+    check_new(request.run_dir)
     request.run_dir.mkdir(parents=True, exist_ok=True)
+    counts = {name: len(store.split(name)) for name in ("train", "validation", "test")}
     record = {
         "study": request.study,
         "space": request.space.to_dict(),
@@ -117,11 +148,12 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
             "num_layers": spec.num_layers,
             "hidden_size": spec.hidden_size,
         },
-        "data": {name: len(store.split(name)) for name in ("train", "validation", "test")}
-        | {"captions": len(store.captions)},
+        "data": {**counts, "captions": len(store.captions)},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": request.seed,
+        "trials": request.trials,
+        # The number format that the first lane chose; a resumed study keeps it.
         "precision": None,
     }
-    write_json(path, record)
+    write_json(request.run_dir / STUDY_FILE, record)
     return record

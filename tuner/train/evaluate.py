@@ -26,7 +26,7 @@ from tuner.train.metrics import DIRECTIONS, Metrics, Retrieval
 from tuner.train.model import ProjectionHead, pool_clips
 from tuner.train.pack import retrieve_split
 from tuner.train.precision import dtype_of
-from tuner.train.prefix import LivePrefix, row_lengths
+from tuner.train.prefix import FeatureSource, LivePrefix, row_lengths
 
 ADAPTER = "default"
 
@@ -40,10 +40,10 @@ class LoadedAdapter:
     head: ProjectionHead
 
     @torch.no_grad()
-    def embed(self, store: Store, clips: NDArray[np.int64]) -> Tensor:
-        """Embeddings of clips of a store, fp32 [len(clips), D], L2-normalised."""
-        lengths = row_lengths(self.encoder, store)[clips]
-        prefix = LivePrefix(self.encoder, store, depth=0)
+    def embed(self, source: FeatureSource, clips: NDArray[np.int64]) -> Tensor:
+        """Embeddings of clips, fp32 [len(clips), D], L2-normalised."""
+        lengths = row_lengths(self.encoder, source)[clips]
+        prefix = LivePrefix(self.encoder, source, depth=0)
         pooled_NH = pool_clips(self.encoder, prefix, clips, lengths, self.card.tokens_per_forward)
         embedded: Tensor = self.head(pooled_NH)
         return embedded

@@ -32,6 +32,17 @@ TOKENS_FILE = "tokens.bin"
 Progress = Callable[[int, int], None]
 
 
+class FeatureSource(Protocol):
+    """Where features come from: a store, or a few clips in memory."""
+
+    @property
+    def frames(self) -> NDArray[np.int32]:
+        """Real frames of each clip."""
+
+    def features(self, clip: int) -> NDArray[np.float32]:
+        """Features [C, F] of one clip."""
+
+
 @dataclass(frozen=True)
 class Hidden:
     """A group of clips on its way through the encoder."""
@@ -53,7 +64,7 @@ class Prefix(Protocol):
 class LivePrefix:
     """Stem and the blocks below `depth`, run anew for every call."""
 
-    def __init__(self, encoder: AudioEncoder, store: Store, depth: int) -> None:
+    def __init__(self, encoder: AudioEncoder, store: FeatureSource, depth: int) -> None:
         self.encoder, self.store, self.depth = encoder, store, depth
 
     @torch.no_grad()
@@ -92,12 +103,12 @@ class CachedPrefix:
         return Hidden(states_BTD, mask_BT, frame_counts(self.store, clips).to(self.device, non_blocking=True))
 
 
-def frame_counts(store: Store, clips: NDArray[np.int64]) -> Tensor:
+def frame_counts(store: FeatureSource, clips: NDArray[np.int64]) -> Tensor:
     """Real feature frames of clips, int64."""
     return torch.from_numpy(store.frames[clips].astype(np.int64))
 
 
-def row_lengths(encoder: AudioEncoder, store: Store) -> NDArray[np.int64]:
+def row_lengths(encoder: AudioEncoder, store: FeatureSource) -> NDArray[np.int64]:
     """Tokens that pass through the blocks for each clip of the store (those of 30 s where the encoder pads)."""
     return encoder.sequence_lengths(torch.from_numpy(store.frames.astype(np.int64))).numpy()
 

@@ -1,0 +1,120 @@
+"""What several commands share: finding or making the store that `--data` means, and showing progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.config import EncoderRef
+from tuner.errors import ConfigError
+
+DEMO = "demo"
+PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """The options `--data`, `--encoder`, `--text-encoder`, `--pad-to-30s`."""
+
+    data: str = DEMO
+    encoder: str | None = None
+    text_encoder: str | None = None
+    pad_to_30s: bool = False
+
+
+def find_store(choice: DataChoice) -> Path:
+    """The prepared store that `--data` names: the demo, a store, or a manifest that is prepared now if need be.
+
+    Raises:
+        ConfigError: encoders are not named, or contradict the store.
+        DataError: as `prepare`.
+    """
+    from tuner.data.prepare import PrepareOptions
+    from tuner.data.store import META_FILE, Store
+
+    if choice.data == DEMO:
+        return _demo_store(choice)
+    path = Path(choice.data)
+    if (path / META_FILE).is_file():
+        _check_same_encoder(path, Store.open(path).encoder, choice)
+        return path
+    return make_store(path, choice, None, PrepareOptions())
+
+
+def make_store(manifest: Path, choice: DataChoice, out: Path | None, options: object) -> Path:
+    """Prepare a manifest and say what came of it."""
+    from tuner.data.prepare import PrepareOptions, prepare
+
+    assert isinstance(options, PrepareOptions)
+    if choice.encoder is None or choice.text_encoder is None:
+        raise ConfigError(
+            f"{manifest}: say with --encoder and --text-encoder which encoders to prepare it for "
+            "(hub ids or folders, for example openai/whisper-small and sentence-transformers/all-MiniLM-L6-v2)"
+        )
+    encoder = EncoderRef(source=choice.encoder, pad_to_30s=choice.pad_to_30s)
+    with progress_bar("preparing recordings") as progress:
+        result = prepare(manifest, encoder, choice.text_encoder, out, options, progress)
+    outcome = "prepared before" if result.reused else f"{result.rejects} rejects"
+    say(f"{result.store}: {result.clips} clips, {outcome}")
+    return result.store
+
+
+def _demo_store(choice: DataChoice) -> Path:
+    from tuner.data.cache import cache_root
+    from tuner.data.prepare import PrepareOptions
+    from tuner.demo import fetch_demo
+
+    demo = fetch_demo(cache_root() / DEMO)
+    encoder = choice.encoder or str(demo.audio_encoder)
+    text_encoder = choice.text_encoder or str(demo.text_encoder)
+    filled = DataChoice(DEMO, encoder, text_encoder, choice.pad_to_30s)
+    return make_store(demo.manifest, filled, None, PrepareOptions())
+
+
+def _check_same_encoder(path: Path, prepared: EncoderRef, choice: DataChoice) -> None:
+    from tuner.encoders.registry import inspect_encoder
+
+    if choice.encoder is None and not choice.pad_to_30s:
+        return
+    wanted = EncoderRef(source=choice.encoder or prepared.source, pad_to_30s=choice.pad_to_30s)
+    if inspect_encoder(wanted).fingerprint != inspect_encoder(prepared).fingerprint:
+        raise ConfigError(
+            f"{path}: prepared for {prepared.source} (pad_to_30s: {prepared.pad_to_30s}); "
+            "leave --encoder away or prepare the manifest for the other encoder"
+        )
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error, so that standard output stays for programs."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar in a terminal, a line now and then elsewhere; called with the number done and the total."""
+    if not sys.stderr.isatty():
+        yield _plain_progress(label)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain_progress(label: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > PLAIN_SECONDS:
+            last = time.monotonic()
+            say(f"{label}: {done} of {total}")
+
+    return show

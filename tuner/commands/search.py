@@ -1,0 +1,155 @@
+"""`tuner search` and `tuner report`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tuner.search.study import SearchRequest
+
+# Epoch metrics that can be searched for.
+METRICS = tuple(
+    [f"recall@{k}" for k in (1, 5, 10)]
+    + [f"{way}_{name}" for way in ("audio_to_text", "text_to_audio") for name in ("R@1", "R@5", "R@10", "mAP@10")]
+)
+PARAMETERS = "trainable_parameters"
+
+
+def search(
+    space: Annotated[str, typer.Option(help="a space's name (see `tuner spaces`) or a YAML file")] = "attention_only",
+    data: Annotated[str, typer.Option(help="manifest, prepared store, or 'demo'")] = "demo",
+    encoder: Annotated[str | None, typer.Option(help="audio encoder; needed when --data is a manifest")] = None,
+    text_encoder: Annotated[str | None, typer.Option(help="text encoder; needed when --data is a manifest")] = None,
+    pad_to_30s: Annotated[bool, typer.Option("--pad-to-30s", help="the original 30 s window for every clip")] = False,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(help="a metric to maximise, and trainable_parameters to minimise; repeat for both (the default)"),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="total number of trials of the study")] = 12,
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = 128,
+    study: Annotated[str | None, typer.Option(help="name of the study; default: the space's, numbered")] = None,
+    resume: Annotated[str | None, typer.Option(help="go on with this study; a larger --trials extends it")] = None,
+    runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),
+    lanes: Annotated[
+        int | None, typer.Option(min=1, help="training processes groups; default: one a GPU, else one")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="workers that share each batch of a lane")] = 1,
+    pack: Annotated[int, typer.Option(min=1, help="adapters that a lane holds at once")] = 1,
+    precision: Annotated[str, typer.Option(help="of the frozen encoder: auto, bf16 or fp32")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="of sampler, initialisation, dropout and batches")] = 0,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to use; default: Ray inside this process")] = None,
+    dashboard: Annotated[bool, typer.Option(help="start the Ray dashboard with the embedded Ray")] = True,
+    json: Annotated[bool, typer.Option("--json", help="events as JSON lines on standard output")] = False,
+) -> None:
+    """Search LoRA configurations; the result is a front of recall against trainable parameters."""
+    from tuner.commands.inputs import DataChoice, say
+    from tuner.lanes.fleet import FleetOptions
+    from tuner.report.live import make_view
+    from tuner.search.run import run_search
+    from tuner.search.study import resumed_request
+
+    options = FleetOptions(lanes, workers, pack)
+    if resume is not None:
+        request = resumed_request(_folder(runs, resume), trials if _given("trials") else None)
+    else:
+        choice = DataChoice(data, encoder, text_encoder, pad_to_30s)
+        values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
+        request = _new_request(space, choice, objective, study, runs, values)
+        request = replace(request, trials=trials, seed=seed)
+    request = replace(request, address=address, dashboard=dashboard, fleet=options)
+    try:
+        front = run_search(request, make_view("json" if json else "auto"), resume is not None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; nothing is lost, go on with `tuner search --resume {request.study} --runs {runs}`"
+        ) from None
+    say(_summary(front, request))
+
+
+def report(
+    study: Annotated[str, typer.Argument(help="name of the study, or its folder")],
+    runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),
+    svg: Annotated[Path | None, typer.Option(help="also save the picture of the front here")] = None,
+) -> None:
+    """Write the report page of a study, finished or running."""
+    from tuner.report.charts import save_front_svg
+    from tuner.report.html import write_report
+
+    folder = _folder(runs, study)
+    typer.echo(write_report(folder))
+    if svg is not None:
+        save_front_svg(folder, svg)
+
+
+def _given(name: str) -> bool:
+    import click
+
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _folder(runs: Path, study: str) -> Path:
+    path = Path(study)
+    return path if path.is_dir() and not (runs / study).is_dir() else runs / study
+
+
+def _new_request(
+    space: str, choice: Any, objective: list[str] | None, study: str | None, runs: Path, values: dict[str, Any]
+) -> SearchRequest:
+    from tuner.commands.inputs import find_store
+    from tuner.config import RunSettings
+    from tuner.data.store import Store
+    from tuner.search.study import SearchRequest, check_new
+    from tuner.space import load_space
+
+    loaded = load_space(space)
+    metric, minimise = parse_objectives(objective)
+    run_dir = runs / (study or _free_name(runs, loaded.name))
+    check_new(run_dir)
+    store = find_store(choice)
+    settings = RunSettings.parse(
+        {"store": str(store.resolve()), "encoder": Store.open(store).encoder, **values}, "tuner search"
+    )
+    return SearchRequest(run_dir, loaded, settings, metric, minimise)
+
+
+def _free_name(runs: Path, name: str) -> str:
+    taken = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
+    numbered = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+    return next(candidate for candidate in numbered if candidate not in taken)
+
+
+def parse_objectives(objectives: list[str] | None) -> tuple[str, bool]:
+    """The metric to maximise, and whether trainable parameters are minimised too.
+
+    Raises:
+        ConfigError: not one metric, an unknown one, or one named twice.
+    """
+    import difflib
+
+    from tuner.errors import ConfigError
+
+    given = objectives or ["recall@10", PARAMETERS]
+    metrics = [name for name in given if name != PARAMETERS]
+    for name in metrics:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(METRICS)}"
+            raise ConfigError(f"--objective {name}: no such metric; {hint}")
+    if len(metrics) != 1 or len(set(given)) != len(given):
+        raise ConfigError(f"--objective: give one metric, and {PARAMETERS} or not (got {', '.join(given)})")
+    return metrics[0], PARAMETERS in given
+
+
+def _summary(front: dict[str, Any], request: SearchRequest) -> str:
+    from tuner.report.answer import headline
+    from tuner.report.run import read_run
+
+    points = sum(point["on_front"] for point in front["points"])
+    lines = headline(read_run(request.run_dir))
+    return "\n".join([*lines, f"{points} points on the front; report: {request.run_dir / 'report.html'}"])
