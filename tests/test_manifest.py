@@ -181,6 +181,9 @@ def test_drawn_splits_are_exact_grouped_and_independent_of_order() -> None:
     pairs = assign_splits([f"g{index // 2}" for index in range(1000)], [None] * 1000, (0.5, 0.25, 0.25), seed=0)
     assert pairs[::2] == pairs[1::2]
     assert Counter(pairs)["train"] == 500
+    # The cut after 3 of 6 clips halves the second pair: no more than half of it is beyond, so it stays whole in train.
+    torn = assign_splits(["a", "a", "b", "b", "c", "c"], [None] * 6, (0.5, 0.5, 0.0), seed=0)
+    assert Counter(torn) == {"train": 4, "validation": 2}
 
 
 def test_given_splits_are_kept_and_take_their_group() -> None:
@@ -202,12 +205,17 @@ def test_plan_merges_rows_of_one_recording_and_counts_captions_once(tmp_path: Pa
         ClipRow(2, tmp_path / "none.wav", ("lost",), "b"),
         ClipRow(3, tmp_path / "a.wav", ("a dog", "barks"), "a2", "test"),
         ClipRow(4, tmp_path / "a.wav", (), "a", problem="no caption"),
+        ClipRow(5, tmp_path, ("a folder",), "c"),
     ]
     plan = make_plan(rows, file_states(rows))
     assert plan.captions == ("A  Dog", "barks")
     (clip,) = plan.clips
     assert (clip.rows, clip.captions, clip.split, clip.identities) == ((1, 3), (0, 1), "test", ("id:a", "id:a2"))
-    assert [(reject.row, reject.reason) for reject in plan.rejects] == [(2, "missing"), (4, "no caption")]
+    assert [(reject.row, reject.reason) for reject in plan.rejects] == [
+        (2, "missing"),
+        (4, "no caption"),
+        (5, "missing"),
+    ]
     conflict = [rows[2], ClipRow(5, tmp_path / "a.wav", ("x",), "a", "train")]
     with pytest.raises(DataError, match="rows 3 and 5"):
         make_plan(conflict, file_states(conflict))
