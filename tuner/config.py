@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuner.errors import ConfigError
 
-
 Precision = Literal["bf16", "fp32"]
 
 

@@ -17,6 +17,7 @@ METRICS = tuple(
     + [f"{way}_{name}" for way in ("audio_to_text", "text_to_audio") for name in ("R@1", "R@5", "R@10", "mAP@10")]
 )
 PARAMETERS = "trainable_parameters"
+DEFAULT_TRIALS = 12
 
 
 def search(
@@ -29,7 +30,9 @@ def search(
         list[str] | None,
         typer.Option(help="a metric to maximise, and trainable_parameters to minimise; repeat for both (the default)"),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="total number of trials of the study")] = 12,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help=f"total number of trials of the study  [default: {DEFAULT_TRIALS}]")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = 128,
     study: Annotated[str | None, typer.Option(help="name of the study; default: the space's, numbered")] = None,
@@ -55,12 +58,12 @@ def search(
 
     options = FleetOptions(lanes, workers, pack)
     if resume is not None:
-        request = resumed_request(_folder(runs, resume), trials if _given("trials") else None)
+        request = resumed_request(_folder(runs, resume), trials)
     else:
         choice = DataChoice(data, encoder, text_encoder, pad_to_30s)
         values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
         request = _new_request(space, choice, objective, study, runs, values)
-        request = replace(request, trials=trials, seed=seed)
+        request = replace(request, trials=trials or DEFAULT_TRIALS, seed=seed)
     request = replace(request, address=address, dashboard=dashboard, fleet=options)
     try:
         front = run_search(request, make_view("json" if json else "auto"), resume is not None)
@@ -84,13 +87,6 @@ def report(
     typer.echo(write_report(folder))
     if svg is not None:
         save_front_svg(folder, svg)
-
-
-def _given(name: str) -> bool:
-    import click
-
-    source = click.get_current_context().get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _folder(runs: Path, study: str) -> Path:

@@ -40,6 +40,10 @@ class Recorder(tune.Callback):
         self._seen_epoch = False
         self._written = 0.0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for `Tuner.restore`, which nobody calls: the study's database is the state."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note the configuration."""
         config = trial.config

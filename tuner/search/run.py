@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import optuna
@@ -106,7 +107,10 @@ class _Search:
             directions=[objective.direction for objective in self.request.objectives],
             load_if_exists=True,
         )
-        study.set_metric_names([objective.metric for objective in self.request.objectives])
+        with warnings.catch_warnings():
+            # Names for optuna-dashboard; the call has been "experimental" since Optuna 3.2.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([objective.metric for objective in self.request.objectives])
         return study
 
     def _tune(self, study: optuna.Study, lanes: Fleet) -> None:

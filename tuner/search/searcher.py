@@ -80,6 +80,10 @@ class StudySearcher(Searcher):
                 self.study.tell(trial.number, state=TrialState.FAIL)
         return [trial for trial in running if "config" in trial.user_attrs]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher for `Tuner.restore`, which nobody calls: the study's database is the state."""
+        return {}
+
     @property
     def remaining(self) -> int:
         """How many trials are still to be started, continued, or under way."""

@@ -18,7 +18,6 @@ from tuner.train.metrics import Metrics
 from tuner.train.pack import Pack, PackContext
 from tuner.train.precision import dtype_of, measured_precision
 
-
 Progress = Callable[[int, int], None]
 
 
