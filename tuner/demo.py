@@ -73,6 +73,15 @@ def fetch_demo(cache: Path) -> DemoPaths:
     return DemoPaths(target / "manifest.jsonl", audio_encoder, text_encoder, summary["clips"], summary["hours"])
 
 
+def audio_encoder_folder() -> Path:
+    """Folder of the demo's audio encoder, Whisper tiny.en; needs no recordings.
+
+    Raises:
+        EncoderError: the package is not installed.
+    """
+    return _model_folder(*AUDIO_ENCODER)
+
+
 def _model_folder(package: str, distribution: str) -> Path:
     found = importlib.util.find_spec(package)
     for location in (found.submodule_search_locations or ()) if found else ():

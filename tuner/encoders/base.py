@@ -1,6 +1,6 @@
 """The one surface of every audio encoder. A torch module: torch-free code imports it for type checking alone.
 
-Shapes: B clips, C mel bins, F frames, T tokens, D width.
+Shapes: B clips, C mel bins, F frames, T tokens of the longest clip, N tokens of all clips, D width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tuner.encoders.packed import Packing, pack, unpack
 from tuner.encoders.spec import EncoderSpec, Window
 
 
@@ -75,23 +76,32 @@ class AudioEncoder(nn.Module, ABC):
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
         """States BTD before block 0: convolutions and positions. `frames_B` counts the real frames of each clip."""
 
-    @abstractmethod
-    def block(self, index: int, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """States BTD after block `index`.
+    def packing(self, lengths: Sequence[int]) -> Packing:
+        """The packing of clips with these `sequence_lengths`, for `block` and `finish`."""
+        return Packing(lengths, self.dtype, self.device)
 
-        `mask_BT` is true on real tokens; None says that all are. An encoder padded to 30 s attends to its padding, as
-        it was trained to, and ignores the mask.
+    @abstractmethod
+    def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
+        """States ND after block `index`, of all clips end to end; each clip attends to its own tokens alone.
+
+        An encoder padded to 30 s attends to a clip's padding too, as it was trained to.
         """
 
     @abstractmethod
-    def finish(self, hidden_BTD: Tensor) -> Tensor:
-        """What follows the last block: the final layer norm, in some families a pooling over time before it."""
+    def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
+        """What follows the last block: the final layer norm, in some families a pooling over time before it.
+
+        Returns:
+            The output tokens that describe the clips, end to end, and their number for each clip: what is pooled.
+        """
 
     def forward(self, features_BCF: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Output states BTD of a batch, and the mask BT of real tokens to pool over."""
-        hidden_BTD = self.stem(features_BCF, frames_B)
-        mask_BT = real_token_mask(self.sequence_lengths(frames_B), hidden_BTD.shape[1]).to(hidden_BTD.device)
+        """Output states BTD of a batch, zero behind each clip, and the mask BT of real tokens to pool over."""
+        lengths = self.sequence_lengths(frames_B).tolist()
+        packing = self.packing(lengths)
+        hidden_ND = pack(self.stem(features_BCF, frames_B), lengths)
         for index in range(self.spec.num_layers):
-            hidden_BTD = self.block(index, hidden_BTD, mask_BT)
-        hidden_BTD = self.finish(hidden_BTD)
-        return hidden_BTD, real_token_mask(self.token_lengths(frames_B), hidden_BTD.shape[1]).to(hidden_BTD.device)
+            hidden_ND = self.block(index, hidden_ND, packing)
+        output_ND, output_lengths = self.finish(hidden_ND, packing, frames_B)
+        output_BTD = unpack(output_ND, output_lengths)
+        return output_BTD, real_token_mask(torch.tensor(output_lengths, device=self.device), output_BTD.shape[1])

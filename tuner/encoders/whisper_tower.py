@@ -1,6 +1,6 @@
 """The Whisper encoder in torch, truncated to the clip or padded to 30 s. A torch module.
 
-Shapes: B clips, C mel bins, F frames, T tokens, D width.
+Shapes: B clips, C mel bins, F frames, T tokens of the longest clip, N tokens of all clips, D width.
 
 Truncated, a clip of L real frames gives T = (L - 1) // 2 + 1 tokens from frames [0, 2T + 1): the second convolution
 sees what the first makes of silence there, as it does inside a 30 s window, and attention stops at T. This is exact
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tuner.encoders import ctranslate2
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.checkpoint import load_strictly, read_tensors
+from tuner.encoders.packed import IMPLEMENTATION, Packing, packed_attention
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper import PREFIXES, STRIDE, encoder_config, silence_level
 
@@ -59,23 +60,20 @@ class WhisperAudioEncoder(AudioEncoder):
         hidden_BTD = F.gelu(tower.conv2(hidden_BDF)).transpose(1, 2)[:, :tokens]
         return cast(Tensor, hidden_BTD + tower.embed_positions.weight[:tokens])
 
-    def block(self, index: int, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """States BTD after block `index`; see `AudioEncoder.block`."""
+    def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
+        """States ND after block `index`; see `AudioEncoder.block`."""
         tower: Any = self.tower
-        return cast(Tensor, tower.layers[index](hidden_BTD, self._attention_mask(mask_BT)))
+        # The layer hands its mask on to `packed_attention` unread.
+        return cast(Tensor, tower.layers[index](hidden_ND[None], packing)[0])
 
-    def finish(self, hidden_BTD: Tensor) -> Tensor:
-        """The final layer norm."""
+    def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
+        """The final layer norm; of a clip padded to 30 s only its real tokens go on to pooling."""
         tower: Any = self.tower
-        return cast(Tensor, tower.layer_norm(hidden_BTD))
-
-    def _attention_mask(self, mask_BT: Tensor | None) -> Tensor | None:
-        if mask_BT is None or self.spec.pad_to_30s:
-            return None
-        # Attention without a mask is faster, but to look whether one is needed would make a GPU wait.
-        if mask_BT.device.type == "cpu" and bool(mask_BT.all()):
-            return None
-        return mask_BT[:, None, None, :]
+        lengths = self.token_lengths(frames_B).tolist()
+        if lengths != list(packing.lengths):
+            clips = zip(torch.split(hidden_ND, list(packing.lengths)), lengths, strict=True)
+            hidden_ND = torch.cat([tokens_TD[:length] for tokens_TD, length in clips])
+        return tower.layer_norm(hidden_ND), lengths
 
     def _continue_with_silence(self, features_BCF: Tensor) -> Tensor:
         batch, channels, frames = features_BCF.shape
@@ -89,11 +87,12 @@ def load_whisper(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WhisperA
     Raises:
         EncoderError: the weights are damaged, quantised or do not fit the configuration.
     """
-    from transformers import WhisperConfig
+    from transformers import AttentionInterface, WhisperConfig
     from transformers.models.whisper import modeling_whisper
 
     config = WhisperConfig(**(encoder_config(spec.folder, spec.checkpoint) | _NO_DROPOUT))
-    config._attn_implementation = "sdpa"
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    config._attn_implementation = IMPLEMENTATION
     with torch.device("meta"):
         tower: nn.Module = modeling_whisper.WhisperEncoder(config)
     if spec.checkpoint == "ctranslate2":

@@ -26,6 +26,7 @@ from tuner.config import LoraSpec
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import AdapterError, PlacementError
+from tuner.lora.dropout import LoraDropout
 from tuner.lora.placement import Placement, resolve_placement
 
 CONFIG_FILE = "adapter_config.json"
@@ -55,6 +56,8 @@ def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
         for part in (layer.lora_A, layer.lora_B):
             part[name].to_empty(device="cpu")
         layer.reset_lora_parameters(name, True)
+        if lora.dropout > 0:
+            layer.lora_dropout[name] = LoraDropout(lora.dropout)
         for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
             part[name].to(encoder.device).train(encoder.tower.training)
     count = sum(parameter.numel() for parameter in parameters(encoder, name))

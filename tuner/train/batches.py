@@ -57,19 +57,19 @@ def same_pairs(store: Store, batch: Batch) -> NDArray[np.bool_]:
 
 
 def forward_groups(lengths: Sequence[int] | NDArray[np.int64], tokens_per_forward: int) -> list[NDArray[np.int64]]:
-    """Cut positions 0..n-1 into groups of similar length whose padded size stays within the token budget.
+    """Cut positions 0..n-1 into groups of similar length whose tokens stay within the budget.
 
-    Returns groups by falling length, so that the largest forward pass comes first and memory shows its peak at once.
-    A single clip longer than the budget is a group of its own.
+    Returns groups by falling length: clips of similar length attend together, and the largest attention comes first,
+    so memory shows its peak at once. A single clip longer than the budget is a group of its own.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
+    total = np.cumsum(np.asarray(lengths)[order])
     groups: list[NDArray[np.int64]] = []
-    start = 0
+    start, spent = 0, 0
     while start < len(order):
-        longest = max(1, int(lengths[order[start]]))
-        count = max(1, tokens_per_forward // longest)
-        groups.append(order[start : start + count])
-        start += count
+        stop = max(start + 1, int(np.searchsorted(total, spent + tokens_per_forward, side="right")))
+        groups.append(order[start:stop])
+        start, spent = stop, int(total[stop - 1])
     return groups
 
 

@@ -1,6 +1,6 @@
 """From hidden states to one L2-normalised embedding a clip: blocks, pooling over real tokens, projection.
 
-Shapes: B clips, T tokens, H encoder width, D text embedding width.
+Shapes: B clips, N tokens of all clips end to end, H encoder width, D text embedding width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
 from tuner.config import HeadSpec
-from tuner.encoders.base import AudioEncoder, real_token_mask
+from tuner.encoders.base import AudioEncoder
 from tuner.train.batches import forward_groups
 from tuner.train.prefix import Prefix
 
@@ -37,10 +37,10 @@ class ProjectionHead(nn.Module):
         return F.normalize(embedded, dim=-1)
 
 
-def mean_pool(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over each clip's own tokens, summed in fp32."""
-    weight_BT = mask_BT.float() / mask_BT.sum(dim=1, keepdim=True)
-    return torch.einsum("bth,bt->bh", hidden_BTH.float(), weight_BT)
+def mean_pool(tokens_NH: Tensor, lengths: list[int]) -> Tensor:
+    """Mean over each clip's own tokens in fp32: BH from the tokens of all clips end to end."""
+    lengths_B = torch.tensor(lengths, device=tokens_NH.device)
+    return torch.segment_reduce(tokens_NH.float(), "mean", lengths=lengths_B, axis=0, unsafe=True)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def encoder_precision(encoder: AudioEncoder) -> Iterator[None]:
 def pool_clips(
     encoder: AudioEncoder, prefix: Prefix, clips: NDArray[np.int64], lengths: NDArray[np.int64], budget: int
 ) -> Tensor:
-    """Pooled encoder states BH of clips, in their order, by forward passes of at most `budget` padded tokens.
+    """Pooled encoder states BH of clips, in their order, by forward passes of at most `budget` tokens.
 
     The adapter that is active on the encoder at the time is the one that runs.
 
@@ -74,11 +74,9 @@ def pool_clips(
     with encoder_precision(encoder):
         for group in groups:
             entering = prefix.hidden(clips[group])
-            states_BTH = entering.states_BTD
+            states_NH = entering.states_ND
             for index in range(prefix.depth, encoder.spec.num_layers):
-                states_BTH = encoder.block(index, states_BTH, entering.mask_BT)
-            states_BTH = encoder.finish(states_BTH)
-            mask_BT = real_token_mask(encoder.token_lengths(entering.frames_B), states_BTH.shape[1])
-            pooled.append(mean_pool(states_BTH, mask_BT))
+                states_NH = encoder.block(index, states_NH, entering.packing)
+            pooled.append(mean_pool(*encoder.finish(states_NH, entering.packing, entering.frames_B)))
     order = np.argsort(np.concatenate(groups))
     return torch.cat(pooled)[torch.from_numpy(order).to(encoder.device)]

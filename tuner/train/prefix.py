@@ -4,7 +4,7 @@ LoRA never touches what lies below its first adapted block, so the hidden states
 the data set. `LivePrefix` computes them from features each time and is the reference; `CachedPrefix` reads them from a
 memory-mapped file that all trials, workers and lanes of a machine share.
 
-Shapes: B clips, T tokens (padded to the longest of the group), D width.
+Shapes: B clips, N tokens of all clips end to end, D width, R rows of the cache file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.data.store import Store
-from tuner.encoders.base import AudioEncoder, real_token_mask
+from tuner.encoders.base import AudioEncoder
+from tuner.encoders.packed import Packing, pack
 from tuner.errors import DataError
 from tuner.train.batches import forward_groups
 
@@ -47,9 +48,9 @@ class FeatureSource(Protocol):
 class Hidden:
     """A group of clips on its way through the encoder."""
 
-    states_BTD: Tensor
-    mask_BT: Tensor  # tokens that pass through the blocks; padding of the group is False
-    frames_B: Tensor  # real feature frames of each clip
+    states_ND: Tensor
+    packing: Packing
+    frames_B: Tensor  # real feature frames of each clip, on the CPU
 
 
 class Prefix(Protocol):
@@ -72,35 +73,32 @@ class LivePrefix:
         """See `Prefix.hidden`."""
         encoder = self.encoder
         features_BCF = encoder.pad_features([self.store.features(int(clip)) for clip in clips])
-        frames_B = frame_counts(self.store, clips).to(encoder.device)
-        states_BTD = encoder.stem(features_BCF, frames_B)
-        mask_BT = real_token_mask(encoder.sequence_lengths(frames_B), states_BTD.shape[1])
+        frames_B = frame_counts(self.store, clips)
+        lengths = encoder.sequence_lengths(frames_B).tolist()
+        packing = encoder.packing(lengths)
+        states_ND = pack(encoder.stem(features_BCF, frames_B.to(encoder.device)), lengths)
         for index in range(self.depth):
-            states_BTD = encoder.block(index, states_BTD, mask_BT)
-        return Hidden(states_BTD, mask_BT, frames_B)
+            states_ND = encoder.block(index, states_ND, packing)
+        return Hidden(states_ND, packing, frames_B)
 
 
 class CachedPrefix:
     """The same states from a file of tokens, one row a token, in the encoder's own number format."""
 
     def __init__(self, folder: Path, depth: int, encoder: AudioEncoder, store: Store) -> None:
-        self.depth, self.device, self.store = depth, encoder.device, store
-        rows_N = row_lengths(encoder, store)
-        self.offset_N = torch.from_numpy(np.concatenate([[0], np.cumsum(rows_N)[:-1]]))
-        self.rows_N = torch.from_numpy(rows_N)
-        width, total = encoder.spec.hidden_size, int(rows_N.sum())
+        self.depth, self.encoder, self.store = depth, encoder, store
+        self.rows_N = row_lengths(encoder, store)
+        self.start_N = np.concatenate([[0], np.cumsum(self.rows_N)])
+        width, total = encoder.spec.hidden_size, int(self.start_N[-1])
         flat = torch.from_file(str(folder / TOKENS_FILE), shared=False, size=total * width, dtype=encoder.dtype)
         self.table_RD = flat.view(total, width)
 
     def hidden(self, clips: NDArray[np.int64]) -> Hidden:
-        """See `Prefix.hidden`; padding repeats a clip's last row, which the mask hides."""
-        picked_B = torch.from_numpy(clips)
-        rows_B = self.rows_N[picked_B]
-        token_T = torch.arange(int(rows_B.max()))
-        row_BT = self.offset_N[picked_B, None] + torch.minimum(token_T, rows_B[:, None] - 1)
-        states_BTD = self.table_RD[row_BT].to(self.device, non_blocking=True)
-        mask_BT = real_token_mask(rows_B, len(token_T)).to(self.device, non_blocking=True)
-        return Hidden(states_BTD, mask_BT, frame_counts(self.store, clips).to(self.device, non_blocking=True))
+        """See `Prefix.hidden`."""
+        parts = [self.table_RD[self.start_N[clip] : self.start_N[clip + 1]] for clip in clips]
+        states_ND = torch.cat(parts).to(self.encoder.device, non_blocking=True)
+        packing = self.encoder.packing(self.rows_N[clips].tolist())
+        return Hidden(states_ND, packing, frame_counts(self.store, clips))
 
 
 def frame_counts(store: FeatureSource, clips: NDArray[np.int64]) -> Tensor:
@@ -157,9 +155,9 @@ def _fill(path: Path, live: LivePrefix, tokens_per_forward: int, progress: Progr
     table_RD = torch.from_file(str(path), shared=True, size=int(offset_N[-1]) * width, dtype=dtype).view(-1, width)
     done = 0
     for group in forward_groups(rows_N, tokens_per_forward):
-        states_BTD = live.hidden(group).states_BTD
-        for row, clip in enumerate(group):
-            table_RD[offset_N[clip] : offset_N[clip + 1]] = states_BTD[row, : rows_N[clip]].cpu()
+        states = torch.split(live.hidden(group).states_ND.cpu(), rows_N[group].tolist())
+        for clip, states_TD in zip(group, states, strict=True):
+            table_RD[offset_N[clip] : offset_N[clip + 1]] = states_TD
         done += len(group)
         if progress:
             progress(done, len(rows_N))

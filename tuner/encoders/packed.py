@@ -1,0 +1,190 @@
+"""Clips of different lengths as one row of tokens, without padding. A torch module.
+
+Everything in a transformer block but attention works on single tokens, so the blocks run on the tokens of all clips
+laid end to end, [N, D]. Only attention looks at clips: it takes neighbouring clips of similar length together, pads
+those to the longest of the group, and drops the padding again. On a CPU the demo's batches of 128 clips would
+otherwise be one third padding.
+
+Shapes: B clips, N tokens of all clips, G clips of a group, T tokens of the longest of a group, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+IMPLEMENTATION = "tuner_packed"
+# A group may hold clips this much shorter than its longest: more groups cost more calls, fewer cost more padding.
+SHORTEST_IN_GROUP = 0.85
+# Up to this width plain products are faster than torch's fused attention on a CPU in bf16 (`benchmarks/attention.py`).
+PLAIN_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring clips that attend in one call; the tensors are None where all have the same length."""
+
+    start: int  # first token in the pack
+    stop: int
+    clips: int
+    width: int
+    padded_GT: Tensor | None  # for each place of the padded group, flat, its token counted from `start`
+    real_N: Tensor | None  # for each token of the group, its place in the padded group
+    bias_G1T: Tensor | None  # 0 on real tokens, the lowest number on padding
+
+
+class Packing:
+    """Which tokens of a pack belong to which clip.
+
+    Args:
+        lengths: tokens of each clip, in the order of the pack; falling lengths give the fewest groups.
+        dtype, device: of the hidden states.
+    """
+
+    def __init__(self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.lengths = tuple(lengths)
+        self.groups = tuple(_groups(self.lengths, dtype, device))
+
+    @property
+    def tokens(self) -> int:
+        """N, the tokens of all clips."""
+        return sum(self.lengths)
+
+
+def pack(hidden_BTD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Tokens of all clips end to end, ND, from a padded batch."""
+    return torch.cat([hidden_TD[:length] for hidden_TD, length in zip(hidden_BTD, lengths, strict=True)])
+
+
+def unpack(packed_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A padded batch BTD, zero behind each clip, from tokens end to end."""
+    return torch.nn.utils.rnn.pad_sequence(list(torch.split(packed_ND, list(lengths))), batch_first=True)
+
+
+def _groups(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Group]:
+    groups, first, start = [], 0, 0
+    for clip in range(1, len(lengths) + 1):
+        part = lengths[first : clip + 1]
+        if clip < len(lengths) and min(part) >= SHORTEST_IN_GROUP * max(part):
+            continue
+        groups.append(_group(lengths[first:clip], start, dtype, device))
+        start, first = groups[-1].stop, clip
+    return groups
+
+
+def _group(lengths: tuple[int, ...], start: int, dtype: torch.dtype, device: torch.device) -> Group:
+    clips, width, stop = len(lengths), max(lengths), start + sum(lengths)
+    if min(lengths) == width:
+        return Group(start, stop, clips, width, None, None, None)
+    length_G = torch.tensor(lengths)
+    real_GT = torch.arange(width) < length_G[:, None]
+    offset_G = length_G.cumsum(0) - length_G
+    # Padding repeats a clip's last token; its scores are pushed to zero weight, and what it would say is dropped.
+    padded_GT = offset_G[:, None] + torch.minimum(torch.arange(width), length_G[:, None] - 1)
+    bias_GT = torch.zeros(clips, width, dtype=dtype).masked_fill_(~real_GT, torch.finfo(dtype).min)
+    return Group(
+        start,
+        stop,
+        clips,
+        width,
+        padded_GT.flatten().to(device, non_blocking=True),
+        real_GT.flatten().nonzero().squeeze(1).to(device, non_blocking=True),
+        bias_GT[:, None, :].to(device, non_blocking=True),
+    )
+
+
+def packed_attention(
+    module: Any,
+    query_1HNd: Tensor,
+    key_1HNd: Tensor,
+    value_1HNd: Tensor,
+    attention_mask: Packing | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **more: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function for transformers: each clip of the packing attends to itself alone.
+
+    Without a packing (somebody calls the tower itself) it is transformers' own.
+
+    Returns:
+        Output [1, N, H, d], as transformers wants it, and no weights.
+    """
+    if attention_mask is None:
+        whole: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query_1HNd, key_1HNd, value_1HNd, None, scaling=scaling, dropout=dropout, **more
+        )
+        return whole
+    assert dropout == 0.0, "the frozen tower has no dropout of its own"
+    parts = []
+    for group in attention_mask.groups:
+        query, key, value = (_padded(part[0], group) for part in (query_1HNd, key_1HNd, value_1HNd))
+        parts.append(_unpadded(_attend(query, key, value, group, scaling), group))
+    return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+
+
+def _attend(query_HGTd: Tensor, key_HGTd: Tensor, value_HGTd: Tensor, group: Group, scaling: float) -> Tensor:
+    plain = query_HGTd.device.type == "cpu" and query_HGTd.dtype == torch.bfloat16 and group.width <= PLAIN_WIDTH
+    if not plain:
+        bias = None if group.bias_G1T is None else group.bias_G1T[None].expand(len(query_HGTd), -1, -1, -1)
+        return F.scaled_dot_product_attention(query_HGTd, key_HGTd, value_HGTd, attn_mask=bias, scale=scaling)
+    score_HGTT = query_HGTd @ key_HGTd.transpose(2, 3)
+    if scaling != 1.0:
+        score_HGTT = score_HGTT * scaling
+    if group.bias_G1T is not None:
+        score_HGTT = score_HGTT + group.bias_G1T
+    return score_HGTT.softmax(dim=3) @ value_HGTd
+
+
+def _padded(states_HNd: Tensor, group: Group) -> Tensor:
+    heads, _, width = states_HNd.shape
+    own_HNd = states_HNd[:, group.start : group.stop]
+    if group.padded_GT is not None:
+        own_HNd = _Pad.apply(own_HNd, group.padded_GT, group.real_N)  # type: ignore[no-untyped-call]
+    return own_HNd.reshape(heads, group.clips, group.width, width)
+
+
+def _unpadded(states_HGTd: Tensor, group: Group) -> Tensor:
+    flat_HNd = states_HGTd.flatten(1, 2)
+    if group.real_N is None:
+        return flat_HNd
+    kept: Tensor = _Unpad.apply(flat_HNd, group.real_N)  # type: ignore[no-untyped-call]
+    return kept
+
+
+class _Pad(torch.autograd.Function):
+    """Tokens to places of a padded group. Padding has no gradient, so backward is a plain selection again.
+
+    (The gradient of `index_select` itself would add up rows one by one, which is slow on a CPU.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states_HNd: Tensor, padded_GT: Tensor, real_N: Tensor) -> Tensor:
+        ctx.save_for_backward(real_N)
+        return states_HNd.index_select(1, padded_GT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (real_N,) = ctx.saved_tensors
+        return gradient.index_select(1, real_N), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Places of a padded group to tokens; backward leaves zeros on the padding."""
+
+    @staticmethod
+    def forward(ctx: Any, states_HNd: Tensor, real_N: Tensor) -> Tensor:
+        ctx.save_for_backward(real_N)
+        ctx.shape = states_HNd.shape
+        return states_HNd.index_select(1, real_N)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (real_N,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(1, real_N, gradient), None
