@@ -48,9 +48,7 @@ class Recorder(tune.Callback):
         """Note the configuration."""
         config = trial.config
         self.journal.trial(config["trial"], config["origin"], config["config"])
-        self.view.trial_started(
-            config["trial"], config["origin"], summary(config["config"]), self.parameters(config["config"])
-        )
+        self._show_start(config["trial"], config["origin"], config["config"])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -61,13 +59,18 @@ class Recorder(tune.Callback):
         if not self._seen_epoch:
             self._seen_epoch = True
             self.first_epoch()
-        name, epochs = trial.config["trial"], trial.config["epochs"]
         row = {key: value for key, value in result.items() if key in ROW_KEYS or key.startswith(ROW_PREFIXES)}
-        if not self.journal.epoch(name, row):
+        if not self.journal.epoch(trial.config["trial"], row):
             return
+        self._show_epoch(trial.config["trial"], trial.config["epochs"], row)
+        if time.monotonic() - self._written > TABLE_SECONDS:
+            self.journal.write_parquet()
+            self._written = time.monotonic()
+
+    def _show_epoch(self, trial: str, epochs: int, row: dict[str, Any]) -> None:
         self.view.epoch(
             EpochRow(
-                trial=name,
+                trial=trial,
                 epoch=row["epoch"],
                 epochs=epochs,
                 loss=row["loss"],
@@ -77,9 +80,19 @@ class Recorder(tune.Callback):
                 parameters=row["trainable_parameters"],
             )
         )
-        if time.monotonic() - self._written > TABLE_SECONDS:
-            self.journal.write_parquet()
-            self._written = time.monotonic()
+
+    def _show_start(self, trial: str, origin: str, config: dict[str, Any]) -> None:
+        self.view.trial_started(trial, origin, summary(config), self.parameters(config))
+
+    def replay(self, epochs: int) -> None:
+        """Tell the view of a resumed study what the journal knows."""
+        for event in self.journal.events():
+            if event["event"] == "trial":
+                self._show_start(event["trial"], event["origin"], event["config"])
+            elif event["event"] == "epoch":
+                self._show_epoch(event["trial"], epochs, event["row"])
+            else:
+                self.view.trial_finished(event["trial"], event["state"], event["reason"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note how it ended: complete, failed with its reason, or stopped by the scheduler."""

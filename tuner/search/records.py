@@ -51,6 +51,7 @@ class Journal:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._trials: dict[str, Row] = {}
+        self._configs: dict[str, Row] = {}
         self._epochs: dict[tuple[str, int], Row] = {}
         path = run_dir / JOURNAL_FILE
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -89,6 +90,18 @@ class Journal:
                 rows.append(head)
         return rows
 
+    def events(self) -> list[Row]:
+        """Everything known, trial by trial, as the events that would write it: what a resumed view is told first."""
+        events: list[Row] = []
+        for trial, config in self._configs.items():
+            facts = self._trials[trial]
+            events.append({"event": "trial", "trial": trial, "origin": facts["origin"], "config": config})
+            epochs = sorted(epoch for name, epoch in self._epochs if name == trial)
+            events.extend({"event": "epoch", "trial": trial, "row": self._epochs[trial, epoch]} for epoch in epochs)
+            if facts["state"] != "running":
+                events.append({"event": "end", "trial": trial, "state": facts["state"], "reason": facts["reason"]})
+        return events
+
     def write_parquet(self) -> None:
         """Write `trials.parquet` from everything seen so far."""
         rows = self.rows()
@@ -113,6 +126,7 @@ class Journal:
     def _apply(self, event: Row) -> None:
         trial = event["trial"]
         if event["event"] == "trial":
+            self._configs[trial] = event["config"]
             facts = {"origin": event["origin"], "state": "running", "reason": None}
             self._trials[trial] = facts | flat_config(TrialConfig.model_validate(event["config"]))
         elif event["event"] == "epoch":

@@ -134,6 +134,7 @@ class _Search:
             lambda: self._note_precision(lanes),
             lanes.failure,
         )
+        recorder.replay(request.settings.epochs)
         # Our own journal and view take the place of Tune's loggers and tables; the database that of its snapshots.
         os.environ.update(
             TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="86400"
