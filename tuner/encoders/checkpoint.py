@@ -19,7 +19,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What is asked of a hub: nothing that unpickles, and not the fp32 or int8 twins that some repositories also hold.
-HUB_PATTERNS = ("*.json", SINGLE, "model-*.safetensors")
+CONFIG_PATTERNS = ("*.json",)
+HUB_PATTERNS = (*CONFIG_PATTERNS, SINGLE, "model-*.safetensors")
 
 _MIB = 1 << 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -27,8 +28,12 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
 
-def resolve_folder(source: str, patterns: Sequence[str]) -> Path:
+def resolve_folder(source: str, patterns: Sequence[str], revision: str | None = None) -> Path:
     """Local folder of a model: an existing folder as it is, a hub id (`owner/name`) through the hub's cache.
+
+    Args:
+        patterns: which files of a hub id to fetch.
+        revision: commit of a hub id; the newest when absent.
 
     Raises:
         EncoderError: the folder does not exist, or the hub id cannot be fetched and is not in the cache.
@@ -45,7 +50,7 @@ def resolve_folder(source: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns)))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     # The hub client raises errors of its own, of httpx and of the system for one and the same thing: not reachable.
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0]
@@ -53,6 +58,21 @@ def resolve_folder(source: str, patterns: Sequence[str]) -> Path:
             f"{source}: not a folder here, and the hub did not deliver it ({type(error).__name__}: {reason}); "
             "check the name and the network, or give a local folder"
         ) from None
+
+
+def fetch_weights(source: str, folder: Path, prefixes: Sequence[str]) -> None:
+    """Complete the folder of a hub id whose configuration is there: of a sharded model only the shards of the tower.
+
+    A local folder is left as it is.
+
+    Raises:
+        EncoderError: the index is damaged, or the hub does not deliver the weights.
+    """
+    if Path(source).expanduser().is_dir():
+        return
+    files = _tower_shards(folder, prefixes) if (folder / INDEX).is_file() else [SINGLE]
+    # The folder of a snapshot is named by its commit: the weights must not come from a newer one than the index.
+    resolve_folder(source, (*CONFIG_PATTERNS, *files), revision=folder.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,18 +96,14 @@ def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
     """The safetensors files that hold tensors below the first of `prefixes` that occurs, sorted.
 
     Raises:
-        EncoderError: there are no weights, only pickled ones, or a shard that the index names is missing.
+        EncoderError: there are no weights, only pickled ones, none of the tower, or a shard of it is missing.
     """
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise EncoderError(f"{folder / INDEX}: has no weight_map; fetch the model again")
-        prefix = _first_prefix(weight_map, prefixes)
-        files = [folder / name for name in sorted({weight_map[key] for key in weight_map if key.startswith(prefix)})]
-        missing = [file.name for file in files if not file.is_file()]
+        names = _tower_shards(folder, prefixes)
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise EncoderError(f"{folder}: {INDEX} names {missing[0]}, which is not there; fetch the model again")
-        return files
+        return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
@@ -173,6 +189,35 @@ def load_strictly(tower: nn.Module, tensors: Mapping[str, torch.Tensor], origin:
         raise EncoderError(f"{origin}: weights do not fit config.json: {'; '.join(faults)}; fetch the model again")
     tower.load_state_dict(dict(tensors), strict=True, assign=True)
     tower.requires_grad_(False).eval()
+
+
+def positive(config: Mapping[str, Any], field: str, folder: Path) -> int:
+    """A field of config.json that must be a positive whole number.
+
+    Raises:
+        EncoderError: it is missing or something else.
+    """
+    value = config.get(field)
+    if not isinstance(value, int) or value < 1:
+        raise EncoderError(
+            f"{folder}: {field} in config.json is {value!r}, expected a positive number; fetch the model again"
+        )
+    return value
+
+
+def _tower_shards(folder: Path, prefixes: Sequence[str]) -> list[str]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise EncoderError(f"{folder / INDEX}: has no weight_map; fetch the model again")
+    prefix = _first_prefix(weight_map, prefixes)
+    shards = sorted({str(file) for name, file in weight_map.items() if name.startswith(prefix)})
+    if not shards:
+        raise EncoderError(f"{folder / INDEX}: names no tensor below {' or '.join(prefixes)}; this is another model")
+    # The names come from a file that was downloaded, and would be joined to the folder.
+    stray = next((shard for shard in shards if Path(shard).name != shard), None)
+    if stray is not None:
+        raise EncoderError(f"{folder / INDEX}: names the weight file {stray!r} outside its folder; fetch it again")
+    return shards
 
 
 def _first_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:

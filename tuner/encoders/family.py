@@ -30,7 +30,7 @@ class FeatureExtractor(Protocol):
 
         Returns:
             Features [C, F] and the number of real frames L. F may be larger than L by the few frames of silence that
-            the encoder looks at behind the clip.
+            the encoder looks at behind the clip. Encoders that read the waveform have one channel and samples as frames.
 
         Raises:
             DataError: the clip is empty, or longer than the encoder's longest.
@@ -47,13 +47,19 @@ class EncoderSource:
     checkpoint: CheckpointKind
     config: Mapping[str, Any]
 
+    @property
+    def model_type(self) -> str:
+        """Name of the family that `config.json` gives."""
+        return str(self.config.get("model_type"))
+
 
 @dataclass(frozen=True)
 class Family:
     """How to read one family of encoders. `inspect` is torch-free; the two loaders import what they need."""
 
     model_type: str  # `model_type` of config.json
-    ctranslate2_name: str | None  # specification name inside a CTranslate2 model.bin
+    prefixes: tuple[str, ...]  # where the tower's tensors are in a checkpoint; the first that occurs counts
     inspect: Callable[[EncoderSource], EncoderSpec]
     load: Callable[[EncoderSpec, torch.dtype, str], AudioEncoder]
     load_features: Callable[[EncoderSpec], FeatureExtractor]
+    ctranslate2_name: str | None = None  # specification name inside a CTranslate2 model.bin

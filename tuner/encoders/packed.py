@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IMPLEMENTATION = "tuner_packed"
@@ -127,6 +128,14 @@ def packed_attention(
         query, key, value = (_padded(part[0], group) for part in (query_1HNd, key_1HNd, value_1HNd))
         parts.append(_unpadded(_attend(query, key, value, group, scaling), group))
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
+
+
+def empty_tower(tower_class: type[nn.Module], config: Any) -> nn.Module:
+    """A tower of transformers on the meta device whose layers take a `Packing` as their attention mask."""
+    AttentionInterface.register(IMPLEMENTATION, packed_attention)
+    config._attn_implementation = IMPLEMENTATION
+    with torch.device("meta"):
+        return tower_class(config)
 
 
 def _attend(query_HGTd: Tensor, key_HGTd: Tensor, value_HGTd: Tensor, group: Group, scaling: float) -> Tensor:

@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.config import EncoderRef
-from tuner.encoders import ctranslate2, whisper
-from tuner.encoders.checkpoint import HUB_PATTERNS, INDEX, SINGLE, read_json, resolve_folder, weight_files
+from tuner.encoders import ctranslate2, qwen2_audio, whisper
+from tuner.encoders.checkpoint import (
+    CONFIG_PATTERNS,
+    INDEX,
+    SINGLE,
+    fetch_weights,
+    read_json,
+    resolve_folder,
+    weight_files,
+)
 from tuner.encoders.family import EncoderSource, Family, FeatureExtractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import EncoderError
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureExtractor", "families", "inspect_encoder", "load_encoder", "load_feature_extractor"]
 
-_FAMILIES = {family.model_type: family for family in (whisper.FAMILY,)}
+_FAMILIES = {family.model_type: family for family in (whisper.FAMILY, *qwen2_audio.FAMILIES)}
 
 
 def families() -> tuple[str, ...]:
@@ -31,14 +39,18 @@ def families() -> tuple[str, ...]:
 
 
 def inspect_encoder(ref: EncoderRef) -> EncoderSpec:
-    """Facts of an encoder from its configuration file; no weight is loaded. A hub id is fetched into the hub's cache.
+    """Facts of an encoder from its configuration file; no weight is loaded.
+
+    Of a hub id the configuration is fetched into the hub's cache, then the weight files that hold the encoder.
 
     Raises:
         EncoderError: no such folder or hub id, no weights, an unknown family, quantised or pickled weights.
     """
-    folder = resolve_folder(ref.source, HUB_PATTERNS)
+    folder = resolve_folder(ref.source, CONFIG_PATTERNS)
     source = _ctranslate2_source(ref, folder) or _transformers_source(ref, folder)
-    return _family_of(source).inspect(source)
+    family = _family_of(source)
+    fetch_weights(ref.source, folder, family.prefixes)
+    return family.inspect(source)
 
 
 def load_encoder(spec: EncoderSpec, dtype: torch.dtype, device: str = "cpu") -> AudioEncoder:

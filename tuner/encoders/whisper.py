@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.encoders import ctranslate2
-from tuner.encoders.checkpoint import fingerprint, read_json, weight_files
+from tuner.encoders.checkpoint import fingerprint, positive, read_json, weight_files
 from tuner.encoders.family import EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Window
 from tuner.errors import DataError, EncoderError
@@ -61,29 +61,49 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     folder = source.folder
     converted = source.checkpoint == "ctranslate2"
     weights = [folder / ctranslate2.FILE_NAME] if converted else weight_files(folder, PREFIXES)
-    config = encoder_config(folder, source.checkpoint)
-    width, wide = _positive(config, "d_model", folder), _positive(config, "encoder_ffn_dim", folder)
-    max_frames = STRIDE * _positive(config, "max_source_positions", folder)
+    return whisper_spec(source, encoder_config(folder, source.checkpoint), weights)
+
+
+def whisper_spec(
+    source: EncoderSource,
+    config: Mapping[str, Any],
+    weights: Sequence[Path],
+    pooling_windows: tuple[Window, ...] = (),
+) -> EncoderSpec:
+    """Facts of a tower that is built like Whisper's encoder, of whatever family.
+
+    Args:
+        config: of the tower, in the names of Whisper's configuration.
+        weights: files that hold the tower.
+        pooling_windows: see `EncoderSpec`.
+
+    Raises:
+        EncoderError: a field is missing from the configuration.
+    """
+    folder, family = source.folder, source.model_type
+    width, wide = positive(config, "d_model", folder), positive(config, "encoder_ffn_dim", folder)
+    max_frames = STRIDE * positive(config, "max_source_positions", folder)
     targets = {name: LinearTarget(f"self_attn.{name}", width, width) for name in ATTENTION}
     targets |= {"fc1": LinearTarget("fc1", width, wide), "fc2": LinearTarget("fc2", wide, width)}
     configs = [folder / "config.json", folder / PREPROCESSOR]
     return EncoderSpec(
-        family="whisper",
+        family=family,
         source=source.ref.source,
         folder=folder,
         checkpoint=source.checkpoint,
         pad_to_30s=source.ref.pad_to_30s,
-        fingerprint=fingerprint(configs, weights, "whisper", source.ref.pad_to_30s),
-        num_layers=_positive(config, "encoder_layers", folder),
+        fingerprint=fingerprint(configs, weights, family, source.ref.pad_to_30s),
+        num_layers=positive(config, "encoder_layers", folder),
         hidden_size=width,
         sampling_rate=SAMPLING_RATE,
-        feature_channels=_positive(config, "num_mel_bins", folder),
+        feature_channels=positive(config, "num_mel_bins", folder),
         max_frames=max_frames,
         max_seconds=max_frames * HOP / SAMPLING_RATE,
         block_path="layers.{}",
         targets=targets,
         aliases=ALIASES,
         stem_windows=CONVOLUTIONS,
+        pooling_windows=pooling_windows,
     )
 
 
@@ -149,17 +169,9 @@ def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
     return load_whisper(spec, dtype, device)
 
 
-def _positive(config: Mapping[str, Any], field: str, folder: Path) -> int:
-    value = config.get(field)
-    if not isinstance(value, int) or value < 1:
-        raise EncoderError(
-            f"{folder}: {field} in config.json is {value!r}, expected a positive number; fetch the model again"
-        )
-    return value
-
-
 FAMILY = Family(
     model_type="whisper",
+    prefixes=PREFIXES,
     ctranslate2_name="WhisperSpec",
     inspect=inspect,
     load=_load,

@@ -16,18 +16,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tuner.encoders import ctranslate2
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.checkpoint import load_strictly, read_tensors
-from tuner.encoders.packed import IMPLEMENTATION, Packing, packed_attention
+from tuner.encoders.packed import Packing, empty_tower
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper import PREFIXES, STRIDE, encoder_config, silence_level
 
 # The tower is frozen: its own dropout would only add noise to features that every adapter shares.
-_NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0}
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0}
 
 
 class WhisperAudioEncoder(AudioEncoder):
@@ -87,14 +87,10 @@ def load_whisper(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WhisperA
     Raises:
         EncoderError: the weights are damaged, quantised or do not fit the configuration.
     """
-    from transformers import AttentionInterface, WhisperConfig
-    from transformers.models.whisper import modeling_whisper
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config = WhisperConfig(**(encoder_config(spec.folder, spec.checkpoint) | _NO_DROPOUT))
-    AttentionInterface.register(IMPLEMENTATION, packed_attention)
-    config._attn_implementation = IMPLEMENTATION
-    with torch.device("meta"):
-        tower: nn.Module = modeling_whisper.WhisperEncoder(config)
+    tower = empty_tower(WhisperEncoder, WhisperConfig(**(encoder_config(spec.folder, spec.checkpoint) | NO_DROPOUT)))
     if spec.checkpoint == "ctranslate2":
         arrays = ctranslate2.read_whisper_encoder(spec.folder / ctranslate2.FILE_NAME)
         tensors = {name: torch.from_numpy(array).to(device, dtype) for name, array in arrays.items()}

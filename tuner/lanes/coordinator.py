@@ -126,7 +126,7 @@ class Coordinator:
             return self._precision
 
     async def poll(self, lane: str, held: list[str], capacity: int, timeout: float) -> Orders:
-        """Say what the lane holds and how many it can hold; waits at most `timeout` seconds when it holds nothing."""
+        """Say what the lane holds and how many it can hold; waits at most `timeout` seconds for something to change."""
         deadline = time.monotonic() + timeout
         async with self._changed:
             while True:
@@ -136,7 +136,7 @@ class Coordinator:
                 drop = tuple(trial for trial in held if not self._belongs(trial, lane))
                 kept = len(held) - len(drop)
                 new = tuple((trial, job.config) for trial, job in self._assign(lane, held, capacity - kept))
-                if new or drop or held or not await self._wait(deadline):
+                if new or drop or not await self._wait(deadline):
                     return Orders(new=new, drop=drop)
 
     async def report(self, lane: str, trial: str, history: list[Row]) -> None:

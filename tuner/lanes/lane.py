@@ -118,8 +118,7 @@ class LaneWorker:
 
     def turn(self) -> bool:
         """Take orders, then train one epoch of the members that are least far. False when told to stop."""
-        held = list(self.pack.members)
-        orders: Orders = self.broadcast(self.tell("poll", held, self.config.capacity, POLL_SECONDS))
+        orders: Orders = self.broadcast(self._poll())
         if orders.stop:
             return False
         for trial in orders.drop:
@@ -132,6 +131,13 @@ class LaneWorker:
             first = min(behind.values())
             self._epoch([trial for trial, epoch in behind.items() if epoch == first])
         return True
+
+    def _poll(self) -> Orders | None:
+        """Ask for orders; with nothing to train, the coordinator answers when there is something new."""
+        working = any(member.epoch < self.config.settings.epochs for member in self.pack.members.values())
+        wait = 0.0 if working else POLL_SECONDS
+        orders: Orders | None = self.tell("poll", list(self.pack.members), self.config.capacity, wait)
+        return orders
 
     def _attach(self, trial: str, config: TrialConfig) -> None:
         if trial in self.pack.members:
