@@ -22,6 +22,7 @@ class TrialClient(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Forget any lease; the first `step` asks for one."""
+        self._trial = str(config["trial"])
         self._lease: int | None = None
         self._cursor = 0
         self._coordinator = ray.get_actor(config["coordinator"])
@@ -31,7 +32,7 @@ class TrialClient(tune.Trainable):
 
         A failure is a result, not an exception: Tune would start an exception's trial again, to fail again.
         """
-        trial = self.config["trial"]
+        trial = self._trial
         while True:
             if self._lease is None:
                 self._lease = self._ask("submit", trial, self.config["config"])
@@ -66,7 +67,8 @@ class TrialClient(tune.Trainable):
 
     def _release(self) -> None:
         if self._lease is not None:
-            self._ask("cancel", self.config["trial"], self._lease)
+            # Not `self.config`: Tune replaces it before it calls `reset_config`.
+            self._ask("cancel", self._trial, self._lease)
             self._lease = None
 
     def _ask(self, method: str, *arguments: Any) -> Any:
