@@ -23,7 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from tuner.config import EncoderRef
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.checkpoint import fingerprint
-from tuner.encoders.registry import families, inspect_encoder, load_encoder, load_feature_extractor
+from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper import WhisperFeatures, silence_level
 from tuner.errors import DataError, EncoderError
@@ -234,7 +234,8 @@ def test_packed_clips_attend_to_themselves_alone(folder: Path, dtype: torch.dtyp
     encoder = load_encoder(inspect(folder), dtype)
     lengths = [40, 40, 39, 36, 20, 7, 7, 3]
     hidden_ND = torch.randn(sum(lengths), 32, dtype=dtype).requires_grad_()
-    packed_ND = encoder.block(0, hidden_ND, encoder.packing(lengths))
+    packing = encoder.packing(lengths)
+    packed_ND = torch.cat(packing.split(encoder.block(0, packing.join(torch.split(hidden_ND, lengths)), packing)))
     layer: Any = encoder.tower.get_submodule("layers.0")
     alone_ND = torch.cat([layer(clip[None], None)[0] for clip in torch.split(hidden_ND, lengths)])
     weight_ND = torch.randn_like(alone_ND)
@@ -360,7 +361,7 @@ def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match=r"encoder_layers in config.json is 0"):
         inspect(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    with pytest.raises(EncoderError, match=r"model_type 'bert'; known families are whisper"):
+    with pytest.raises(EncoderError, match=r"model_type 'bert'; known families are .*whisper"):
         inspect(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(EncoderError, match="not valid JSON"):
@@ -376,22 +377,28 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         inspect(folder)
 
 
-def test_a_hub_id_fetches_json_and_safetensors_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_fetches_json_then_one_commit_s_safetensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked: dict[str, Any] = {}
+    asked: list[dict[str, Any]] = []
 
     def snapshot_download(repo_id: str, **options: Any) -> str:
-        asked.update(options, repo_id=repo_id)
+        asked.append({"repo_id": repo_id, **options})
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     spec = inspect_encoder(EncoderRef(source="owner/name"))
-    assert spec.folder == folder and spec.source == "owner/name" == asked["repo_id"]
-    files = ["model.safetensors", "model-00001-of-00002.safetensors", "config.json", "model.bin", "pytorch_model.bin"]
-    files += ["model.fp32-00001-of-00002.safetensors", "modeling_custom.py"]
-    taken = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["allow_patterns"]))
-    assert taken == files[:3]
+    assert spec.folder == folder and spec.source == "owner/name"
+    assert [(call["repo_id"], call["revision"]) for call in asked] == [
+        ("owner/name", None),
+        ("owner/name", folder.name),
+    ]
+    files = ["config.json", "model.safetensors", "model.bin", "pytorch_model.bin", "modeling_custom.py"]
+    files += ["model.fp32-00001-of-00002.safetensors", "model.int8.safetensors"]
+    taken = [
+        list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=call["allow_patterns"])) for call in asked
+    ]
+    assert taken == [files[:1], files[:2]]
 
 
 def test_an_unreachable_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -419,10 +426,6 @@ def test_inspecting_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_families() -> None:
-    assert families() == ("whisper",)
 
 
 def test_plain_whisper_model_is_the_same_family(tmp_path: Path) -> None:

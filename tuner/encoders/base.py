@@ -1,6 +1,6 @@
 """The one surface of every audio encoder. A torch module: torch-free code imports it for type checking alone.
 
-Shapes: B clips, C mel bins, F frames, T tokens of the longest clip, N tokens of all clips, D width.
+Shapes: B clips, C feature channels, F frames, T tokens of the longest clip, N tokens of all clips, D width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tuner.encoders.packed import Packing, pack, unpack
+from tuner.encoders.packed import Packing, unpack
 from tuner.encoders.spec import EncoderSpec, Window
 
 
@@ -99,7 +99,7 @@ class AudioEncoder(nn.Module, ABC):
         """Output states BTD of a batch, zero behind each clip, and the mask BT of real tokens to pool over."""
         lengths = self.sequence_lengths(frames_B).tolist()
         packing = self.packing(lengths)
-        hidden_ND = pack(self.stem(features_BCF, frames_B), lengths)
+        hidden_ND = packing.join_batch(self.stem(features_BCF, frames_B))
         for index in range(self.spec.num_layers):
             hidden_ND = self.block(index, hidden_ND, packing)
         output_ND, output_lengths = self.finish(hidden_ND, packing, frames_B)

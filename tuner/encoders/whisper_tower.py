@@ -70,10 +70,9 @@ class WhisperAudioEncoder(AudioEncoder):
         """The final layer norm; of a clip padded to 30 s only its real tokens go on to pooling."""
         tower: Any = self.tower
         lengths = self.token_lengths(frames_B).tolist()
-        if lengths != list(packing.lengths):
-            clips = zip(torch.split(hidden_ND, list(packing.lengths)), lengths, strict=True)
-            hidden_ND = torch.cat([tokens_TD[:length] for tokens_TD, length in clips])
-        return tower.layer_norm(hidden_ND), lengths
+        clips = zip(packing.split(hidden_ND), lengths, strict=True)
+        real_ND = torch.cat([tokens_TD[:length] for tokens_TD, length in clips])
+        return tower.layer_norm(real_ND), lengths
 
     def _continue_with_silence(self, features_BCF: Tensor) -> Tensor:
         batch, channels, frames = features_BCF.shape

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tuner.data.store import Store
 from tuner.encoders.base import AudioEncoder
-from tuner.encoders.packed import Packing, pack
+from tuner.encoders.packed import Packing
 from tuner.errors import DataError
 from tuner.train.batches import forward_groups
 
@@ -74,9 +74,8 @@ class LivePrefix:
         encoder = self.encoder
         features_BCF = encoder.pad_features([self.store.features(int(clip)) for clip in clips])
         frames_B = frame_counts(self.store, clips)
-        lengths = encoder.sequence_lengths(frames_B).tolist()
-        packing = encoder.packing(lengths)
-        states_ND = pack(encoder.stem(features_BCF, frames_B.to(encoder.device)), lengths)
+        packing = encoder.packing(encoder.sequence_lengths(frames_B).tolist())
+        states_ND = packing.join_batch(encoder.stem(features_BCF, frames_B.to(encoder.device)))
         for index in range(self.depth):
             states_ND = encoder.block(index, states_ND, packing)
         return Hidden(states_ND, packing, frames_B)
@@ -96,8 +95,8 @@ class CachedPrefix:
     def hidden(self, clips: NDArray[np.int64]) -> Hidden:
         """See `Prefix.hidden`."""
         parts = [self.table_RD[self.start_N[clip] : self.start_N[clip + 1]] for clip in clips]
-        states_ND = torch.cat(parts).to(self.encoder.device, non_blocking=True)
         packing = self.encoder.packing(self.rows_N[clips].tolist())
+        states_ND = packing.join(parts).to(self.encoder.device, non_blocking=True)
         return Hidden(states_ND, packing, frame_counts(self.store, clips))
 
 
@@ -155,8 +154,8 @@ def _fill(path: Path, live: LivePrefix, tokens_per_forward: int, progress: Progr
     table_RD = torch.from_file(str(path), shared=True, size=int(offset_N[-1]) * width, dtype=dtype).view(-1, width)
     done = 0
     for group in forward_groups(rows_N, tokens_per_forward):
-        states = torch.split(live.hidden(group).states_ND.cpu(), rows_N[group].tolist())
-        for clip, states_TD in zip(group, states, strict=True):
+        hidden = live.hidden(group)
+        for clip, states_TD in zip(group, hidden.packing.split(hidden.states_ND.cpu()), strict=True):
             table_RD[offset_N[clip] : offset_N[clip + 1]] = states_TD
         done += len(group)
         if progress:
