@@ -142,7 +142,7 @@ class Coordinator:
     async def report(self, lane: str, trial: str, history: list[Row]) -> None:
         """All epochs of a trial so far, as its checkpoint has them: a resumed trial reports its past again."""
         async with self._changed:
-            self._lanes[lane].starts = 0
+            self._lanes.setdefault(lane, _Lane()).starts = 0
             job = self._jobs.get(trial)
             if job is not None and job.lane == lane and len(history) > len(job.rows):
                 job.rows, job.deaths = list(history), 0
