@@ -24,22 +24,22 @@ class LocalActor:
         self._target, self._loop = target, loop
 
     def __getattr__(self, method: str) -> SimpleNamespace:
-        return SimpleNamespace(
-            remote=lambda *given: self._loop.run_until_complete(getattr(self._target, method)(*given))
-        )
+        def remote(*arguments: Any) -> Any:
+            return self._loop.run_until_complete(getattr(self._target, method)(*arguments))
+
+        return SimpleNamespace(remote=remote)
 
 
 class Bench:
     """A coordinator, a lane played by the test, and trial clients."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, folder: Path) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.storage = SimpleNamespace(trial_working_directory=str(folder))
         self.actor = LocalActor(Coordinator(), loop)
         self.actor.register.remote("lane", "attempt", "fp32")
 
     def client(self, trial: str) -> TrialClient:
-        return TrialClient(config=self.config(trial), storage=self.storage)
+        return TrialClient(config=self.config(trial))
 
     def config(self, trial: str) -> dict[str, Any]:
         return {"trial": trial, "config": {"seed": 0}, "coordinator": "name", "epochs": EPOCHS}
@@ -67,7 +67,9 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
     loop = asyncio.new_event_loop()
-    bench = Bench(loop, tmp_path)
+    bench = Bench(loop)
+    # Tune gives every trial a folder for its logs.
+    monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path))
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
     monkeypatch.setattr(module, "WAIT_SECONDS", 0.01)
     monkeypatch.setattr(module, "ray", SimpleNamespace(get_actor=lambda name: bench.actor, get=lambda value: value))
@@ -121,7 +123,7 @@ def test_an_actor_that_becomes_another_trial_frees_the_first_ones_place(
         bench.report("t1", 1)
 
     bench.when_asked(monkeypatch, second)
-    assert client.reset(bench.config("t1"), storage=bench.storage)
+    assert client.reset(bench.config("t1"))
     row = client.step()
     assert (row["trial"], row["epoch"]) == ("t1", 1), "its own first epoch, not the other trial's second"
 
