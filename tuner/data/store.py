@@ -47,7 +47,7 @@ class Store:
         text_encoder: source of the text encoder.
         text_fingerprint: of that text encoder when the store was made.
         text_dim: width D of the text embeddings.
-        channels: feature channels C (mel bins).
+        channels: feature channels C (mel bins, or 1 of a waveform).
     """
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:

@@ -120,7 +120,8 @@ class FeatureWorker:
         # A rounded-up resampling of a clip at the limit can be a sample longer than the limit.
         longest = int(self._spec.max_seconds * self._spec.sampling_rate)
         features, frames = self._extractor.extract(resample(recording, self._spec.sampling_rate)[:longest])
-        if frames < 1:
+        # A pooling encoder makes nothing of the very shortest clips, and a mean over no tokens is NaN.
+        if self._spec.token_length(frames) < 1:
             raise UnusableAudioError("too short", f"{len(recording.samples)} samples")
         return np.asarray(features, dtype=np.float32), frames
 

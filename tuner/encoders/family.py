@@ -30,7 +30,7 @@ class FeatureExtractor(Protocol):
 
         Returns:
             Features [C, F] and the number of real frames L. F may be larger than L by the few frames of silence that
-            the encoder looks at behind the clip. Encoders that read the waveform have one channel and samples as frames.
+            the encoder looks at behind the clip. Of an encoder that reads the waveform, C is 1 and frames are samples.
 
         Raises:
             DataError: the clip is empty, or longer than the encoder's longest.

@@ -49,7 +49,7 @@ class EncoderSpec:
     num_layers: int
     hidden_size: int
     sampling_rate: int  # Hz
-    feature_channels: int  # mel bins
+    feature_channels: int  # mel bins; 1 where the encoder reads the waveform
     max_frames: int
     max_seconds: float
     block_path: str

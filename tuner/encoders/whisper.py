@@ -152,7 +152,8 @@ class WhisperFeatures:
                 f"a clip of {waveform.size / SAMPLING_RATE:.1f} s is longer than the encoder's "
                 f"{self.spec.max_seconds:g} s; cut it"
             )
-        kept = min(STRIDE * self.spec.token_length(frames) + 2, self.spec.max_frames)
+        tokens = -(-frames // STRIDE)
+        kept = min(STRIDE * tokens + 2, self.spec.max_frames)
         # Two frames more than the tokens need end the signal with at least 320 zeros. The extractor mirrors the last
         # 200 samples at the end, which would otherwise change the last real frame.
         samples = max(kept, min(MIN_FRAMES, self.spec.max_frames)) * HOP
