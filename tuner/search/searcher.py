@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,14 @@ class StudySearcher(Searcher):
         self.trials, self.extra, self.seed = trials, dict(extra), seed
         self._numbers: dict[str, int] = {}
         self._interrupted = self._take_over()
-        done = {trial.user_attrs.get("origin") for trial in study.get_trials(deepcopy=False)}
+        done = {trial.user_attrs["origin"] for trial in self._written_down()}
         self._fixed = [(origin, config) for origin, config in fixed.items() if origin not in done]
 
     def _take_over(self) -> list[FrozenTrial]:
         """Trials that a killed driver left RUNNING; those it had not yet written down are closed as failed."""
+        for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            # Enqueued, and killed before it was asked for: the fixed configuration is enqueued again.
+            self.study.tell(self.study.ask().number, state=TrialState.FAIL)
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in running:
             if "config" not in trial.user_attrs:
@@ -87,7 +91,7 @@ class StudySearcher(Searcher):
     @property
     def remaining(self) -> int:
         """How many trials are still to be started, continued, or under way."""
-        trials = [trial for trial in self.study.get_trials(deepcopy=False) if "config" in trial.user_attrs]
+        trials = self._written_down()
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         return running + max(0, self.trials - len(trials))
 
@@ -109,7 +113,11 @@ class StudySearcher(Searcher):
         }
 
     def _started(self) -> int:
-        return sum("config" in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
+        return len(self._written_down())
+
+    def _written_down(self) -> list[FrozenTrial]:
+        """Trials that got as far as their configuration, whatever became of them."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if "config" in trial.user_attrs]
 
     def _start(self) -> tuple[int, dict[str, Any]]:
         self.study.sampler = make_sampler(self.seed, len(self.study.get_trials(deepcopy=False)))
@@ -160,6 +168,9 @@ def make_sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
     Its random numbers depend on the study's seed and the trial's number alone: a resumed study draws what the
     uninterrupted one would have drawn, and never the same startup points twice.
     """
-    return optuna.samplers.TPESampler(
-        multivariate=True, group=True, seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=STARTUP_TRIALS
-    )
+    with warnings.catch_warnings():
+        # Both options have been "experimental" since Optuna 2.2 and 2.8.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            multivariate=True, group=True, seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=STARTUP_TRIALS
+        )

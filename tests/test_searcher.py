@@ -1,0 +1,258 @@
+"""The searcher over real Optuna studies in SQLite: fixed trials first, honest states, and nothing lost by a kill."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from tuner.config import LoraSpec, TrialConfig
+from tuner.search import searcher as module
+from tuner.search.confirm import BASELINE, RECOMMENDED
+from tuner.search.searcher import Objective, StudySearcher
+from tuner.search.study import PARAMETERS, RECOMMENDATION, fixed_configurations
+from tuner.space import SearchSpace, load_space
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+BOTH = (Objective("recall@10", "maximize"), Objective(PARAMETERS, "minimize"))
+
+
+class Bench:
+    """A study's database, and searchers over it one after another as drivers come and go."""
+
+    def __init__(
+        self, folder: Path, space: SearchSpace | None = None, objectives: tuple[Objective, ...] = BOTH
+    ) -> None:
+        self.url = f"sqlite:///{folder / 'study.db'}"
+        self.space = space or load_space("attention_only")
+        self.objectives = objectives
+
+    def study(self) -> optuna.Study:
+        directions = [objective.direction for objective in self.objectives]
+        storage = optuna.storages.RDBStorage(self.url)
+        return optuna.create_study(storage=storage, study_name="s", directions=directions, load_if_exists=True)
+
+    def searcher(self, trials: int = 4, seed: int = 0) -> StudySearcher:
+        fixed = fixed_configurations()
+        return StudySearcher(self.study(), self.space, self.objectives, fixed, trials, {"epochs": 2}, seed)
+
+
+def result_of(suggestion: dict[str, Any]) -> dict[str, Any]:
+    """What a trial of this configuration would report at its end: a smooth function of it."""
+    config = TrialConfig.model_validate(suggestion["config"])
+    rank = config.lora.rank if config.lora else 0
+    recall = 0.4 + 0.05 * math.log1p(rank) - 0.1 * abs(math.log(config.optim.lora_lr / 1e-3))
+    return {"recall@10": recall, PARAMETERS: 1000 + 10 * rank, "final": True}
+
+
+def run(searcher: StudySearcher, most: int = 100) -> list[dict[str, Any]]:
+    """Ask and tell until the searcher is finished, or `most` trials."""
+    told: list[dict[str, Any]] = []
+    while len(told) < most:
+        suggestion = searcher.suggest(f"tune-{len(told)}")
+        if suggestion == Searcher.FINISHED:
+            break
+        searcher.on_trial_complete(f"tune-{len(told)}", result_of(suggestion))
+        told.append(suggestion)
+    return told
+
+
+def states(bench: Bench) -> list[TrialState]:
+    return [trial.state for trial in bench.study().trials]
+
+
+def test_every_study_starts_with_the_projection_and_the_recommendation(tmp_path: Path) -> None:
+    first, second, third = run(Bench(tmp_path).searcher(trials=3, seed=5))
+    assert (first["trial"], first["origin"], first["config"]["lora"]) == ("t0000", BASELINE, None)
+    assert (second["trial"], second["origin"]) == ("t0001", RECOMMENDED)
+    lora = LoraSpec.model_validate(second["config"]["lora"])
+    assert (lora.rank, lora.alpha, lora.dropout) == (16, 32, 0.1)
+    assert lora.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert (third["trial"], third["origin"]) == ("t0002", "sampled")
+    assert {suggestion["config"]["seed"] for suggestion in (first, second, third)} == {5}
+    assert first["epochs"] == 2, "what the trial needs besides its configuration"
+
+
+def test_the_sampler_learns_from_a_recommendation_inside_the_space(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    run(bench.searcher(trials=2))
+    baseline, recommended = bench.study().trials
+    assert baseline.params == {}
+    assert recommended.params == bench.space.params_of(TrialConfig(lora=RECOMMENDATION))
+    assert recommended.params["lora.rank"] == 16
+    assert recommended.values == [pytest.approx(0.4 + 0.05 * math.log1p(16)), 1160]
+
+
+def test_a_recommendation_outside_the_space_is_measured_all_the_same(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, load_space("query_value"))
+    told = run(bench.searcher(trials=4))
+    assert told[1]["config"]["lora"]["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert bench.study().trials[1].params == {}
+    assert bench.study().trials[1].state == TrialState.COMPLETE
+    assert all(set(suggestion["config"]["lora"]["targets"]) <= {"q_proj", "v_proj"} for suggestion in told[2:])
+
+
+def test_a_configuration_is_what_its_parameters_say(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for suggestion, trial in zip(run(bench.searcher()), bench.study().trials, strict=True):
+        if suggestion["origin"] == "sampled":
+            built = bench.space.build(trial.params)
+            assert built.model_copy(update={"seed": 0}) == TrialConfig.model_validate(suggestion["config"])
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "state"),
+    [
+        ({"recall@10": 0.5, PARAMETERS: 10, "final": True}, False, TrialState.COMPLETE),
+        ({"recall@10": 0.5, PARAMETERS: 10, "final": False}, False, TrialState.PRUNED),
+        ({"recall@10": math.nan, PARAMETERS: 10, "final": True}, False, TrialState.FAIL),
+        ({"recall@10": math.inf, PARAMETERS: 10, "final": True}, False, TrialState.FAIL),
+        ({PARAMETERS: 10, "final": True}, False, TrialState.FAIL),
+        ({"failed": "loss became nan", "final": False}, False, TrialState.FAIL),
+        ({"recall@10": 0.5, PARAMETERS: 10, "final": True}, True, TrialState.FAIL),
+        (None, True, TrialState.FAIL),
+        (None, False, TrialState.FAIL),
+    ],
+)
+def test_the_study_is_told_the_truth(
+    tmp_path: Path, result: dict[str, Any] | None, error: bool, state: TrialState
+) -> None:
+    """Ray's own OptunaSearch tells COMPLETE for stopped trials and leaves NaN ones RUNNING."""
+    bench = Bench(tmp_path)
+    searcher = bench.searcher()
+    searcher.suggest("tune-0")
+    searcher.on_trial_complete("tune-0", result, error)
+    assert states(bench) == [state]
+    assert bench.study().trials[0].values == ([0.5, 10.0] if state == TrialState.COMPLETE else None)
+    searcher.on_trial_complete("tune-0", result, error)  # Tune may say so twice
+
+
+def test_the_search_goes_on_after_stopped_and_failed_trials(tmp_path: Path) -> None:
+    """TPE itself must cope with them, also once it models (after its startup trials)."""
+    bench = Bench(tmp_path)
+    searcher = bench.searcher(trials=module.STARTUP_TRIALS + 3)
+    for number in range(module.STARTUP_TRIALS + 3):
+        suggestion = searcher.suggest(f"tune-{number}")
+        outcome = result_of(suggestion) | {"final": number % 3 != 1}
+        searcher.on_trial_complete(f"tune-{number}", outcome if number % 4 else {"failed": "out of memory"})
+    assert searcher.suggest("tune-99") == Searcher.FINISHED
+    assert set(states(bench)) == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+
+
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    first = bench.searcher(trials=6)
+    finished = run(first, most=2)
+    interrupted = [first.suggest("a"), first.suggest("b")]
+    assert first.remaining == 4
+
+    second = bench.searcher(trials=6)
+    assert second.remaining == 4
+    again = [second.suggest("c"), second.suggest("d")]
+    assert again == interrupted, "the same trials with the same configurations, in the same order"
+    for name, suggestion in zip("cd", again, strict=True):
+        second.on_trial_complete(name, result_of(suggestion))
+    rest = run(second)
+    assert [suggestion["trial"] for suggestion in finished + again + rest] == [f"t{n:04d}" for n in range(6)]
+    assert second.remaining == 0
+    assert states(bench) == [TrialState.COMPLETE] * 6
+
+
+def test_a_trial_killed_before_its_configuration_was_written_is_closed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    run(bench.searcher(trials=3))
+    bench.study().ask()
+    told = run(bench.searcher(trials=5))
+    assert [suggestion["trial"] for suggestion in told] == ["t0004", "t0005"]
+    assert states(bench)[3] == TrialState.FAIL
+    assert TrialState.RUNNING not in states(bench)
+
+
+@pytest.mark.parametrize("moment", ["enqueued", "asked", "origin written"])
+def test_the_fixed_trials_survive_a_kill_at_any_moment(tmp_path: Path, moment: str) -> None:
+    """Exactly one recommendation runs, and nothing enqueued for it slips into a sampled trial."""
+    bench = Bench(tmp_path)
+    run(bench.searcher(trials=1))
+    study = bench.study()
+    params = bench.space.params_of(TrialConfig(lora=RECOMMENDATION))
+    assert params is not None
+    study.enqueue_trial(params)
+    if moment != "enqueued":
+        trial = study.ask()
+        if moment == "origin written":
+            trial.set_user_attr("origin", RECOMMENDED)
+    told = run(bench.searcher(trials=4))
+    assert [suggestion["origin"] for suggestion in told] == [RECOMMENDED, "sampled", "sampled"]
+    ran = [trial.params for trial in bench.study().trials if trial.state == TrialState.COMPLETE]
+    assert ran.count(params) == 1
+
+
+def test_more_trials_extend_a_finished_study(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    assert len(run(bench.searcher(trials=3))) == 3
+    assert run(bench.searcher(trials=3)) == []
+    extended = run(bench.searcher(trials=5))
+    assert [suggestion["trial"] for suggestion in extended] == ["t0003", "t0004"]
+    assert {suggestion["origin"] for suggestion in extended} == {"sampled"}
+
+
+def test_failed_trials_count_towards_the_total(tmp_path: Path) -> None:
+    """Else a space in which everything fails would be searched for ever."""
+    bench = Bench(tmp_path)
+    searcher = bench.searcher(trials=3)
+    for number in range(3):
+        searcher.suggest(str(number))
+        searcher.on_trial_complete(str(number), None, error=True)
+    assert searcher.suggest("4") == Searcher.FINISHED
+    assert bench.searcher(trials=3).remaining == 0
+
+
+TRIALS = module.STARTUP_TRIALS + 3  # some drawn at random, then some by the model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What a study of seed 3 suggests that nobody interrupts."""
+    return run(Bench(tmp_path_factory.mktemp("whole")).searcher(TRIALS, seed=3))
+
+
+def test_the_same_seed_gives_the_same_suggestions(tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+    for name, seed in (("same", 3), ("other", 4)):
+        (tmp_path / name).mkdir()
+        told = run(Bench(tmp_path / name).searcher(TRIALS, seed))
+        assert (told == whole) == (name == "same")
+    sampled = [[s["config"] | {"seed": 0} for s in suggestions[2:]] for suggestions in (whole, told)]
+    assert all(ours != theirs for ours, theirs in zip(*sampled, strict=True))
+    assert len({str(config) for config in sampled[0]}) == TRIALS - 2, "no configuration is drawn twice"
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, module.STARTUP_TRIALS + 1])
+def test_a_resumed_study_draws_what_the_uninterrupted_one_would(
+    tmp_path: Path, whole: list[dict[str, Any]], killed_after: int
+) -> None:
+    bench = Bench(tmp_path)
+    driver = bench.searcher(TRIALS, seed=3)
+    before = run(driver, most=killed_after)
+    driver.suggest("running when it was killed")
+    assert before + run(bench.searcher(TRIALS, seed=3)) == whole
+
+
+def test_a_single_objective_needs_no_cost(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, objectives=BOTH[:1])
+    told = run(bench.searcher(module.STARTUP_TRIALS + 1))
+    best = bench.study().best_trial
+    assert len(told) == module.STARTUP_TRIALS + 1
+    assert best.value == max(result_of(suggestion)["recall@10"] for suggestion in told)
+
+
+def test_tune_can_pickle_a_searcher_that_holds_a_database(tmp_path: Path) -> None:
+    """Tune snapshots its searcher; an open SQLite connection cannot be pickled."""
+    searcher = Bench(tmp_path).searcher()
+    assert isinstance(pickle.loads(pickle.dumps(searcher)), StudySearcher)
