@@ -54,7 +54,9 @@ class Journal:
         self._configs: dict[str, Row] = {}
         self._epochs: dict[tuple[str, int], Row] = {}
         path = run_dir / JOURNAL_FILE
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        # A torn line may end inside a character; and a reason may hold what `splitlines` takes for an end of line.
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in filter(None, text.split("\n")):
             try:
                 self._apply(json.loads(line))
             except json.JSONDecodeError:
@@ -78,6 +80,11 @@ class Journal:
     def end(self, trial: str, state: str, reason: str | None = None) -> None:
         """A trial has ended as `complete`, `stopped` or `failed`."""
         self._write({"event": "end", "trial": trial, "state": state, "reason": reason})
+
+    def settle(self, trial: str, state: str) -> None:
+        """The study knows how a trial ended; note it if the driver was killed before it could."""
+        if self._trials.get(trial, {}).get("state") == "running":
+            self.end(trial, state)
 
     def rows(self) -> list[Row]:
         """A row per trial and epoch, in order; a trial without an epoch has one row without metrics."""

@@ -25,8 +25,10 @@ from tuner.report.live import StudyHeader, View
 from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select
 from tuner.search.records import FRONT_FILE, STUDY_FILE, Journal, write_json
-from tuner.search.searcher import StudySearcher
+from tuner.search.searcher import StudySearcher, trial_id
 from tuner.search.study import SearchRequest, check_fit, fixed_configurations, open_record, open_storage
+
+ENDS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
 
 def run_search(request: SearchRequest, view: View, resume: bool = False) -> dict[str, Any]:
@@ -124,6 +126,8 @@ class _Search:
             extra={"coordinator": lanes.name, "epochs": request.settings.epochs},
             seed=request.seed,
         )
+        for trial in study.get_trials(deepcopy=False, states=tuple(ENDS)):
+            self.journal.settle(trial_id(trial.number), ENDS[trial.state])
         if searcher.remaining == 0:
             return
         recorder = Recorder(
