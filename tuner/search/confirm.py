@@ -13,6 +13,7 @@ import ray
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import Precision, RunSettings, TrialConfig
+from tuner.errors import TunerError
 from tuner.lanes.lane import checkpoint_path
 from tuner.pareto import pareto_front
 from tuner.search.searcher import Objective, trial_id
@@ -51,6 +52,9 @@ def confirm(
 
     Returns:
         The points of front.json, by rising number of trainable parameters.
+
+    Raises:
+        TunerError: encoder, store or disk are no longer as they were.
     """
     remote = ray.remote(_confirm).options(
         num_cpus=resources.get("CPU", 1.0), num_gpus=resources.get("GPU", 0.0), max_retries=2
@@ -64,9 +68,12 @@ def confirm(
         for trial in selection.trials
     ]
     threads = int(resources.get("CPU", 1))
-    points: list[Point] = ray.get(
-        remote.remote(trials, selection.baseline, str(run_dir.resolve()), settings, precision, threads)
-    )
+    arguments = (trials, selection.baseline, str(run_dir.resolve()), settings, precision, threads)
+    try:
+        points: list[Point] = ray.get(remote.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        # Ray's own text is the whole traceback of the remote process.
+        raise (error.cause if isinstance(error.cause, TunerError) else error) from None
     for point in points:
         point["on_front"] = point["trial"] in selection.front
     return sorted(points, key=lambda point: (point["trainable_parameters"], point["trial"]))

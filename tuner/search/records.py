@@ -28,8 +28,11 @@ Row = dict[str, Any]
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file under a temporary name and rename it."""
     staged = path.with_name(path.name + ".tmp")
-    staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    staged.replace(path)
+    try:
+        staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def read_study(run_dir: Path) -> dict[str, Any]:

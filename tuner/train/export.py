@@ -9,18 +9,20 @@ card.json                                        encoders with fingerprints, pre
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tuner.config import EncoderRef, Precision, RunSettings, TrialConfig
 from tuner.data.store import Store
+from tuner.data.writer import new_folder
 from tuner.encoders.base import AudioEncoder
-from tuner.errors import AdapterError
+from tuner.errors import AdapterError, ConfigError
 from tuner.lora import adapter as lora_adapter
 from tuner.train.losses import ContrastiveLoss
 from tuner.train.member import Member
@@ -77,20 +79,28 @@ def make_card(member: Member, store: Store, settings: RunSettings, precision: Pr
 
 
 def export_adapter(member: Member, card: Card, settings: RunSettings, folder: Path) -> None:
-    """Write the adapter's folder under a temporary name and rename it; an older export of the trial is replaced."""
-    staged = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    """Write the adapter's folder under a temporary name and rename it; an older export of the trial is replaced.
+
+    Raises:
+        AdapterError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        with new_folder(folder) as staged:
+            _write(member, card, settings, staged)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{folder}: the adapter cannot be written ({error}); make room there and run it again"
+        ) from None
+
+
+def _write(member: Member, card: Card, settings: RunSettings, folder: Path) -> None:
     if member.config.lora:
-        lora_adapter.save_adapter(member.encoder, member.trial, staged, member.config.lora)
-    tensors = {f"head.{name}": tensor for name, tensor in member.head.state_dict().items()}
-    tensors |= {f"loss.{name}": tensor for name, tensor in member.loss.state_dict().items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, staged / HEAD_FILE)
+        lora_adapter.save_adapter(member.encoder, member.trial, folder, member.config.lora)
+    tensors = nn.ModuleDict({"head": member.head, "loss": member.loss}).state_dict()
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / HEAD_FILE)
     retrain = {"trial": member.config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
-    (staged / TRIAL_FILE).write_text(yaml.safe_dump(retrain, sort_keys=False), encoding="utf-8")
-    (staged / CARD_FILE).write_text(json.dumps(card.to_dict(), indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.replace(folder)
+    (folder / TRIAL_FILE).write_text(yaml.safe_dump(retrain, sort_keys=False), encoding="utf-8")
+    (folder / CARD_FILE).write_text(json.dumps(card.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_card(folder: Path) -> Card:
@@ -104,11 +114,12 @@ def read_card(folder: Path) -> Card:
         raise AdapterError(f"{folder}: no {CARD_FILE} here; give a folder that `tuner search` wrote under adapters/")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        del values["format"]
-        values["encoder"] = EncoderRef.model_validate(values["encoder"])
-        values["config"] = TrialConfig.model_validate(values["config"])
+        if (found := values.pop("format")) != FORMAT:
+            raise AdapterError(f"{path}: format {found}, this program reads {FORMAT}; export the adapter again")
+        values["encoder"] = EncoderRef.parse(values["encoder"], "encoder")
+        values["config"] = TrialConfig.parse(values["config"], "config")
         return Card(**{**values, "target_modules": tuple(values["target_modules"]), "layers": tuple(values["layers"])})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise AdapterError(f"{path}: damaged ({' '.join(str(error).split())}); export the adapter again") from None
 
 
@@ -123,10 +134,9 @@ def load_head(folder: Path, card: Card, encoder: AudioEncoder) -> tuple[Projecti
         raise AdapterError(f"{folder}: {HEAD_FILE} is missing; export the adapter again")
     head = ProjectionHead(card.config.head, encoder.spec.hidden_size, card.text_dim)
     loss = ContrastiveLoss(card.config.loss)
-    tensors = load_file(path)
+    modules = nn.ModuleDict({"head": head, "loss": loss})
     try:
-        head.load_state_dict({key.removeprefix("head."): t for key, t in tensors.items() if key.startswith("head.")})
-        loss.load_state_dict({key.removeprefix("loss."): t for key, t in tensors.items() if key.startswith("loss.")})
-    except RuntimeError as error:
+        modules.load_state_dict(load_file(path))
+    except (RuntimeError, SafetensorError) as error:
         raise AdapterError(f"{path}: does not fit its card ({' '.join(str(error).split())})") from None
     return head.eval(), loss
