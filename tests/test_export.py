@@ -18,6 +18,7 @@ from conftest import Tiny, write_encoder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trained_adapter import CLIPS, Trained, train_and_export
 
 from tuner.config import EncoderRef, HeadSpec, LoraSpec, LossSpec, OptimSpec, RunSettings, TrialConfig
 from tuner.data import prepare as prepare_module
@@ -30,7 +31,7 @@ from tuner.errors import AdapterError, ConfigError, DataError, TrialFailed, Tune
 from tuner.train import export
 from tuner.train.embed import embed_files, find_recordings
 from tuner.train.evaluate import attach_exported, check_store, load
-from tuner.train.export import CARD_FILE, HEAD_FILE, Card, export_adapter, load_head, make_card, read_card
+from tuner.train.export import CARD_FILE, HEAD_FILE, export_adapter, load_head, make_card, read_card
 from tuner.train.model import pool_clips
 from tuner.train.pack import Pack, PackContext
 from tuner.train.prefix import LivePrefix
@@ -47,29 +48,6 @@ LORA = TrialConfig(
     seed=3,
 )
 PROJECTION = TrialConfig(seed=1)
-CLIPS = np.arange(60)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """An exported adapter and what the pack that trained it computed."""
-
-    folder: Path
-    card: Card
-    embeddings: Tensor
-    metrics: dict[str, float]
-
-
-def train_and_export(tiny: Tiny, config: TrialConfig, folder: Path) -> Trained:
-    settings = tiny.settings()
-    encoder = load_encoder(inspect_encoder(tiny.encoder), torch.float32)
-    pack = Pack(PackContext(encoder, tiny.store(), settings))
-    member = pack.attach("t0007", config)
-    for _ in range(settings.epochs):
-        pack.train_epoch(["t0007"])
-    card = make_card(member, pack.store, settings, "fp32")
-    export_adapter(member, card, settings, folder / "t0007")
-    return Trained(folder / "t0007", card, pack.embed("t0007", CLIPS), pack.validate("t0007").metrics())
 
 
 @pytest.fixture(scope="module")

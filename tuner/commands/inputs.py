@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tuner.config import EncoderRef
 from tuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tuner.data.store import Store
 
 DEMO = "demo"
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
@@ -40,7 +44,7 @@ def find_store(choice: DataChoice) -> Path:
         return _demo_store(choice)
     path = Path(choice.data)
     if (path / META_FILE).is_file():
-        _check_same_encoder(path, Store.open(path).encoder, choice)
+        _check_same_encoder(Store.open(path), choice)
         return path
     return make_store(path, choice, None, PrepareOptions())
 
@@ -75,15 +79,16 @@ def _demo_store(choice: DataChoice) -> Path:
     return make_store(demo.manifest, filled, None, PrepareOptions())
 
 
-def _check_same_encoder(path: Path, prepared: EncoderRef, choice: DataChoice) -> None:
+def _check_same_encoder(store: Store, choice: DataChoice) -> None:
     from tuner.encoders.registry import inspect_encoder
 
     if choice.encoder is None and not choice.pad_to_30s:
         return
-    wanted = EncoderRef(source=choice.encoder or prepared.source, pad_to_30s=choice.pad_to_30s)
-    if inspect_encoder(wanted).fingerprint != inspect_encoder(prepared).fingerprint:
+    wanted = EncoderRef(source=choice.encoder or store.encoder.source, pad_to_30s=choice.pad_to_30s)
+    # The fingerprint, not the folder's name: the encoder may have moved since.
+    if inspect_encoder(wanted).fingerprint != store.encoder_fingerprint:
         raise ConfigError(
-            f"{path}: prepared for {prepared.source} (pad_to_30s: {prepared.pad_to_30s}); "
+            f"{store.folder}: prepared for {store.encoder.source} (pad_to_30s: {store.encoder.pad_to_30s}); "
             "leave --encoder away or prepare the manifest for the other encoder"
         )
 

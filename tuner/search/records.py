@@ -39,12 +39,15 @@ def read_study(run_dir: Path) -> dict[str, Any]:
     """The study's record.
 
     Raises:
-        StudyError: there is no study in this folder.
+        StudyError: there is no study in this folder, or its record is damaged.
     """
     path = run_dir / STUDY_FILE
     if not path.is_file():
         raise StudyError(f"{run_dir}: no study here (no {STUDY_FILE}); `tuner search` makes one")
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{path}: damaged ({' '.join(str(error).split())}); start a new study") from None
     return values
 
 

@@ -135,7 +135,6 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
     if resume:
         return read_study(request.run_dir)
     check_new(request.run_dir)
-    request.run_dir.mkdir(parents=True, exist_ok=True)
     counts = {name: len(store.split(name)) for name in ("train", "validation", "test")}
     record = {
         "study": request.study,
@@ -155,5 +154,13 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
         # The number format that the first lane chose; a resumed study keeps it.
         "precision": None,
     }
-    write_json(request.run_dir / STUDY_FILE, record)
+    created = not request.run_dir.exists()
+    request.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        write_json(request.run_dir / STUDY_FILE, record)
+    except OSError:
+        # The same command must work once there is room again.
+        if created:
+            request.run_dir.rmdir()
+        raise
     return record
