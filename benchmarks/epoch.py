@@ -1,0 +1,135 @@
+"""How much of the machine's bf16 matrix peak one LoRA epoch uses.
+
+Counted are the operations that the mathematics needs on real tokens (a product of m x k and k x n: 2 m k n), not what
+padding or recomputation adds. For one block of width D and inner width E, one token of a clip of T tokens, adapters of
+rank r on q, k, v and out:
+
+    forward   linears 2 (4 D D + 2 D E)    LoRA 4 x 2 r (D + D)    attention 2 x 2 T D
+    backward  the same linears once (input gradients; frozen weights have none), LoRA twice (gradients of inputs and
+              weights), attention twice
+
+In the first adapted block nothing below is trained, so the input gradients of q, k and v are not computed, neither
+through the frozen layers (3 x 2 D D) nor through A (3 x 2 r D). Stem and blocks below come from the prefix cache.
+Projection, loss and optimiser are below 0.1 % and left out, as are layer norms, GELU, softmax and dropout, which are no
+matrix products and only cost time.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import run
+from benchmarks.levers import RECOMMENDED
+from benchmarks.table import show
+from tuner.commands.inputs import DataChoice, find_store
+from tuner.config import LoraSpec, RunSettings, TrialConfig
+from tuner.data.cache import cache_root
+from tuner.data.store import Store
+from tuner.encoders.registry import inspect_encoder, load_encoder
+from tuner.encoders.spec import EncoderSpec
+from tuner.errors import TrialFailed
+from tuner.lora.placement import resolve_placement
+from tuner.train.pack import Pack, PackContext
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "out_proj"}
+INPUTS = ("q_proj", "k_proj", "v_proj")  # layers that read the input of the block
+TARGET = 0.5
+# rows, in, out: square ones, and a few thousand tokens through the linears of the demo's encoder
+SHAPES = (
+    (1024, 1024, 1024),
+    (2048, 2048, 2048),
+    (4096, 4096, 4096),
+    (4096, 384, 384),
+    (4096, 384, 1536),
+    (4096, 1536, 384),
+)
+MATMUL_SECONDS = 1.0
+
+
+def training_flops(spec: EncoderSpec, lora: LoraSpec, lengths: Sequence[int]) -> int:
+    """Operations of forward and backward through the adapted blocks for clips of these lengths in tokens."""
+    placement = resolve_placement(spec, lora)
+    assert set(placement.targets) == ATTENTION, "the formula is that of adapters on all four attention projections"
+    tokens = sum(lengths)
+    frozen = sum(2 * linear.in_features * linear.out_features for linear in spec.targets.values())
+    adapters = sum(2 * lora.rank * (t.in_features + t.out_features) for t in map(spec.targets.get, ATTENTION) if t)
+    attention = 4 * spec.hidden_size * sum(length**2 for length in lengths)
+    block = tokens * (2 * frozen + 3 * adapters) + 3 * attention
+    reading = [spec.targets[name] for name in INPUTS]
+    unneeded = sum(2 * t.in_features * t.out_features + 2 * lora.rank * t.in_features for t in reading)
+    return len(placement.layers) * block - tokens * unneeded
+
+
+def matmul_rate(rows: int, inner: int, columns: int, seconds: float = MATMUL_SECONDS) -> float:
+    """Best rate of a bf16 product in operations a second, over as many repeats as fit into `seconds`."""
+    left = torch.randn(rows, inner, dtype=torch.bfloat16)
+    right = torch.randn(inner, columns, dtype=torch.bfloat16)
+    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    torch.mm(left, right, out=out)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        started = time.perf_counter()
+        torch.mm(left, right, out=out)
+        best = min(best, time.perf_counter() - started)
+    return 2 * rows * inner * columns / best
+
+
+def measured_peak() -> float:
+    """Best bf16 rate of this machine over several shapes; prints them."""
+    rates = {shape: matmul_rate(*shape) for shape in SHAPES}
+    rows = [(" x ".join(map(str, shape)), f"{rate / 1e9:.0f}") for shape, rate in rates.items()]
+    show("bf16 matrix products", ("rows x in x out", "GFLOP/s"), rows)
+    return max(rates.values())
+
+
+def train(batch_size: int, epochs: int, tokens_per_forward: int) -> tuple[Pack, list[float]]:
+    """Train on the demo and return the seconds of each epoch after the first, which compiles kernels."""
+    store = Store.open(find_store(DataChoice()))
+    settings = RunSettings(
+        store=str(store.folder),
+        encoder=store.encoder,
+        epochs=epochs + 1,
+        batch_size=batch_size,
+        tokens_per_forward=tokens_per_forward,
+    )
+    encoder = load_encoder(inspect_encoder(store.encoder), torch.bfloat16)
+    pack = Pack(PackContext(encoder, store, settings, prefix_root=Path(cache_root() / "prefix")))
+    pack.attach("t", TrialConfig(lora=RECOMMENDED))
+    pack.prefix(0)
+    seconds = []
+    for _ in range(epochs + 1):
+        row = pack.train_epoch(["t"])["t"]
+        if isinstance(row, TrialFailed):
+            raise row
+        seconds.append(row["train_seconds"])
+    return pack, seconds[1:]
+
+
+def main(batch_size: int = 128, epochs: int = 3, tokens_per_forward: int = 4096, threads: int = 0) -> None:
+    """One epoch of LoRA r=16 on attention, dropout 0.1, over the demo's training split."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    peak = measured_peak()
+    pack, seconds = train(batch_size, epochs, tokens_per_forward)
+    lengths = pack.length_N[pack.train_clips].tolist()
+    work, took = training_flops(pack.encoder.spec, RECOMMENDED, lengths), statistics.median(seconds)
+    rate = work / took
+    rows = (
+        ("training clips", f"{len(lengths)}"),
+        ("tokens", f"{sum(lengths)}"),
+        ("work of one epoch, TFLOP", f"{work / 1e12:.3f}"),
+        (f"seconds of one epoch, median of {len(seconds)}", f"{took:.2f}"),
+        ("achieved, GFLOP/s", f"{rate / 1e9:.0f}"),
+        ("bf16 matrix peak, GFLOP/s", f"{peak / 1e9:.0f}"),
+        (f"share of the peak (target {TARGET:.0%})", f"{rate / peak:.1%}"),
+    )
+    show(f"one LoRA epoch, r=16 on attention, dropout 0.1, batches of {batch_size}", ("quantity", "value"), rows)
+
+
+if __name__ == "__main__":
+    run(main)
