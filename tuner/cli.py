@@ -11,8 +11,6 @@ import typer
 from tuner.commands import adapters, prepare, search, spaces
 from tuner.errors import TunerError
 
-INTERRUPTED = 130
-
 app = typer.Typer(
     name="tuner",
     help="Search LoRA configurations for audio encoders: recall against trainable parameters.",
@@ -35,8 +33,8 @@ def main() -> None:
         app(standalone_mode=True)
     except TunerError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as interrupt:
-        _fail(str(interrupt) or "interrupted", INTERRUPTED)
+    except KeyboardInterrupt:
+        _fail("interrupted", search.INTERRUPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

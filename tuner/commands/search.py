@@ -18,6 +18,7 @@ METRICS = tuple(
 )
 PARAMETERS = "trainable_parameters"
 DEFAULT_TRIALS = 12
+INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 
 
 def search(
@@ -68,9 +69,10 @@ def search(
     try:
         front = run_search(request, make_view("json" if json else "auto"), resume is not None)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; nothing is lost, go on with `tuner search --resume {request.study} --runs {runs}`"
-        ) from None
+        # Said here: Typer turns the interrupt itself into a silent exit.
+        again = f"tuner search --resume {request.study} --runs {request.run_dir.parent}"
+        say(f"tuner: interrupted; nothing is lost, go on with `{again}`")
+        raise typer.Exit(INTERRUPTED) from None
     say(_summary(front, request))
 
 

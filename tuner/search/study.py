@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -107,23 +107,30 @@ def resumed_request(run_dir: Path, trials: int | None) -> SearchRequest:
     """The request of an existing study; `trials` larger than before extends it.
 
     Raises:
-        StudyError: there is no such study.
+        StudyError: there is no such study, or its record is damaged.
     """
     record = read_study(run_dir)
+    try:
+        request = _recorded_request(run_dir, record)
+    except (KeyError, TypeError) as error:
+        raise StudyError(f"{run_dir / STUDY_FILE}: damaged ({error!r}); start a new study") from None
+    if trials is not None and trials > request.trials:
+        write_json(run_dir / STUDY_FILE, {**record, "trials": trials})
+    return replace(request, trials=trials or request.trials)
+
+
+def _recorded_request(run_dir: Path, record: dict[str, Any]) -> SearchRequest:
     origin = str(run_dir / STUDY_FILE)
     metrics = [objective["metric"] for objective in record["objectives"]]
-    request = SearchRequest(
+    return SearchRequest(
         run_dir=run_dir,
         space=SearchSpace.from_dict(record["space"], origin),
         settings=RunSettings.parse(record["settings"], origin),
         metric=metrics[0],
         minimise_parameters=PARAMETERS in metrics,
-        trials=trials or record["trials"],
+        trials=record["trials"],
         seed=record["seed"],
     )
-    if trials is not None and trials > record["trials"]:
-        write_json(run_dir / STUDY_FILE, {**record, "trials": trials})
-    return request
 
 
 def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume: bool) -> dict[str, Any]:

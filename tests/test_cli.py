@@ -1,0 +1,420 @@
+"""The command line: instant help, and for everything a user can get wrong one sentence, exit code 2, a clean disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import Tiny, write_encoder
+from safetensors.torch import load_file, save_file
+from trained_adapter import Trained, train_and_export
+
+from tuner import cli
+from tuner.config import LoraSpec, TrialConfig
+from tuner.space import load_space
+
+HEAVY = ("torch", "ray", "transformers", "peft", "optuna", "pyarrow")
+SPACE: dict[str, Any] = {
+    "name": "mine",
+    "description": "A space of the test's.",
+    "target_sets": {"pair": ["q_proj", "v_proj"]},
+    "dimensions": {"lora.rank": {"int": [2, 8]}, "lora.targets": {"choice": ["q_proj", "v_proj"]}},
+}
+
+
+@dataclass
+class Finished:
+    """What a command left: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Terminal:
+    """Runs commands in this process, in a folder of its own."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    def run(self, *arguments: object) -> Finished:
+        self.monkeypatch.setattr(sys, "argv", ["tuner", *map(str, arguments)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = self.capsys.readouterr()
+        return Finished(int(ended.value.code or 0), printed.out, printed.err)
+
+    def refused(self, *arguments: object) -> str:
+        """The one sentence of a command that must fail and leave everything as it was."""
+        before = contents(self.folder)
+        finished = self.run(*arguments)
+        assert finished.code == 2, finished
+        assert finished.out == ""
+        assert finished.err.startswith("tuner: "), finished.err
+        assert finished.err.count("\n") == 1, finished.err
+        assert contents(self.folder) == before
+        return finished.err
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, and every folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    return Terminal(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    config = TrialConfig(lora=LoraSpec(rank=2, targets=("q_proj", "v_proj")))
+    return train_and_export(tiny, config, tmp_path_factory.mktemp("trained"))
+
+
+def write_space(folder: Path, **changes: Any) -> Path:
+    (folder / "mine.yaml").write_text(yaml.safe_dump(SPACE | changes))
+    return folder / "mine.yaml"
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [[], ["search"], ["spaces", "show"], ["prepare"], ["evaluate"], ["embed"]])
+def test_help_is_instant(command: list[str]) -> None:
+    """No heavy import, and less than a second of processor time, however busy the machine is."""
+    script = (
+        "import resource, sys\n"
+        "from tuner.cli import main\n"
+        f"sys.argv = ['tuner', *{command!r}, '--help']\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "print(f'\\n{used.ru_utime + used.ru_stime} {heavy}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Usage: tuner" in done.stdout
+    seconds, _, heavy = done.stdout.splitlines()[-1].partition(" ")
+    assert heavy == "[]"
+    assert float(seconds) < 1
+
+
+def test_every_command_is_listed(terminal: Terminal) -> None:
+    finished = terminal.run("--help")
+    assert finished.code == 0
+    for command in ("prepare", "search", "report", "spaces", "train", "evaluate", "embed"):
+        assert f" {command} " in finished.out
+
+
+# Spaces
+
+
+def test_spaces_are_listed_with_what_they_are_for(terminal: Terminal) -> None:
+    finished = terminal.run("spaces")
+    assert (finished.code, finished.err) == (0, "")
+    for name in ("attention_only", "attention_mlp", "query_value", "top_layers", "full"):
+        assert f"{load_space(name).description}" in finished.out
+        assert any(line.startswith(f"{name} ") for line in finished.out.splitlines())
+
+
+def test_a_space_shows_exact_numbers(terminal: Terminal) -> None:
+    """Whisper tiny: 4 blocks of width 384; counted here by hand, for text embeddings of width 384."""
+    finished = terminal.run("spaces", "show", "attention_only")
+    assert finished.code == 0
+    head = 384 * 384 + 384 + 1
+    smallest = head + 4 * 2 * 2 * (384 + 384)  # 4 blocks, 2 projections, rank 2
+    largest = head + 4 * 4 * 64 * (384 + 384)  # 4 blocks, 4 projections, rank 64
+    assert f"{smallest:,} to {largest:,}" in finished.out
+    grid = 63 * 4 * 3 * 5  # ranks, target sets, alpha ratios, dropouts
+    assert f"{grid:,} times the continuous dimensions" in finished.out
+    for dimension in load_space("attention_only").dimensions:
+        assert dimension in finished.out
+
+
+def test_a_space_is_shown_for_any_encoder(terminal: Terminal, tiny: Tiny) -> None:
+    space = write_space(terminal.folder)
+    finished = terminal.run("spaces", "show", space, "--encoder", tiny.encoder.source, "--text-dim", 8)
+    head = 32 * 8 + 8 + 1
+    assert f"{head + 3 * 2 * 64:,} to {head + 3 * 8 * 64:,}" in finished.out
+    assert "configurations:        14" in finished.out
+
+
+def test_an_unknown_space_names_the_nearest(terminal: Terminal, tiny: Tiny) -> None:
+    for command in (["spaces", "show"], ["search", "--data", tiny.store_folder, "--space"]):
+        assert "did you mean attention_only?" in terminal.refused(*command, "attention_olny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dimesions": {}}, "did you mean dimensions?"),
+        ({"dimensions": {**SPACE["dimensions"], "lora.dropuot": {"choice": [0.1]}}}, "did you mean lora.dropout?"),
+        ({"dimensions": {**SPACE["dimensions"], "lora.rank": {"int": [8, 2]}}}, "lora.rank has the empty range"),
+        ({"dimensions": {**SPACE["dimensions"], "lora.rank": {"choice": []}}}, "lora.rank has nothing to choose from"),
+        ({"dimensions": {**SPACE["dimensions"], "lora.rank": {"int": [0, 2]}}}, "lora.rank cannot be 0"),
+    ],
+)
+def test_a_wrong_space_is_one_sentence(terminal: Terminal, tiny: Tiny, changes: dict[str, Any], said: str) -> None:
+    space = write_space(terminal.folder, **changes)
+    message = terminal.refused("search", "--data", tiny.store_folder, "--space", space)
+    assert said in message
+    assert "mine.yaml" in message
+
+
+def test_a_target_that_the_encoder_lacks(terminal: Terminal, tiny: Tiny) -> None:
+    dimensions = {**SPACE["dimensions"], "lora.targets": {"choice": ["pair", "gated"]}}
+    space = write_space(
+        terminal.folder, dimensions=dimensions, target_sets={**SPACE["target_sets"], "gated": ["gate_proj"]}
+    )
+    for command in (["search", "--data", tiny.store_folder, "--space"], ["spaces", "show"]):
+        assert "have no 'gate_proj'; there are q_proj" in terminal.refused(*command, space)
+
+
+# Data and encoders
+
+
+def write_manifest(folder: Path, row: dict[str, str]) -> Path:
+    soundfile.write(folder / "a.wav", np.sin(np.arange(8000) * 0.1), 16000)
+    (folder / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    return folder / "manifest.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"), [({"audio": "a.wav", "text": "x"}, "caption"), ({"file": "a.wav", "caption": "x"}, "audio")]
+)
+def test_a_manifest_without_a_column(terminal: Terminal, tiny: Tiny, row: dict[str, str], said: str) -> None:
+    manifest = write_manifest(terminal.folder, row)
+    encoders = ("--encoder", tiny.encoder.source, "--text-encoder", tiny.encoder.source)
+    for command in (["prepare", manifest], ["search", "--data", manifest]):
+        message = terminal.refused(*command, *encoders)
+        assert f"needs a column `{said}`" in message
+        assert "manifest.jsonl" in message
+
+
+def test_a_manifest_without_encoders(terminal: Terminal) -> None:
+    manifest = write_manifest(terminal.folder, {"audio": "a.wav", "caption": "x"})
+    assert "--encoder and --text-encoder" in terminal.refused("search", "--data", manifest)
+
+
+def test_data_that_does_not_exist(terminal: Terminal, tiny: Tiny) -> None:
+    encoders = ("--encoder", tiny.encoder.source, "--text-encoder", tiny.encoder.source)
+    assert "nowhere.jsonl" in terminal.refused("search", "--data", "nowhere.jsonl", *encoders)
+
+
+def test_an_encoder_folder_without_weights(terminal: Terminal, tiny: Tiny) -> None:
+    folder = write_encoder(terminal.folder / "encoder")
+    (folder / "model.safetensors").unlink()
+    manifest = write_manifest(terminal.folder, {"audio": "a.wav", "caption": "x"})
+    commands = (
+        ["spaces", "show", "attention_only"],
+        ["prepare", manifest, "--text-encoder", folder],
+        ["search", "--data", tiny.store_folder],
+    )
+    for command in commands:
+        message = terminal.refused(*command, "--encoder", folder)
+        assert str(folder) in message
+        assert "safetensors" in message or "weights" in message
+
+
+def test_a_store_of_another_encoder(terminal: Terminal, tiny: Tiny) -> None:
+    other = write_encoder(terminal.folder / "other", layers=2)
+    message = terminal.refused("search", "--data", tiny.store_folder, "--encoder", other)
+    assert f"prepared for {tiny.encoder.source}" in message
+    assert "pad_to_30s" in terminal.refused("search", "--data", tiny.store_folder, "--pad-to-30s")
+
+
+@pytest.mark.parametrize(
+    ("split", "said"), [("0.5,0.5", "three shares"), ("a,b,c", "three shares"), ("0.9,0.9,0.9", "sum to 1")]
+)
+def test_shares_that_are_none(terminal: Terminal, tiny: Tiny, split: str, said: str) -> None:
+    manifest = write_manifest(terminal.folder, {"audio": "a.wav", "caption": "x"})
+    encoders = ("--encoder", tiny.encoder.source, "--text-encoder", tiny.encoder.source)
+    assert said in terminal.refused("prepare", manifest, *encoders, "--split", split)
+
+
+# Searches
+
+
+@pytest.mark.parametrize(
+    ("objectives", "said"),
+    [
+        (["recal@10"], "did you mean recall@10?"),
+        (["speed"], "there are recall@1"),
+        (["trainable_parameters"], "give one metric"),
+        (["recall@1", "recall@10"], "give one metric"),
+        (["recall@1", "recall@1"], "give one metric"),
+    ],
+)
+def test_wrong_objectives(terminal: Terminal, tiny: Tiny, objectives: list[str], said: str) -> None:
+    given = [part for name in objectives for part in ("--objective", name)]
+    assert said in terminal.refused("search", "--data", tiny.store_folder, *given)
+
+
+def test_an_unknown_number_format(terminal: Terminal, tiny: Tiny) -> None:
+    assert "precision" in terminal.refused("search", "--data", tiny.store_folder, "--precision", "fp8")
+
+
+def test_a_study_that_exists_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -> None:
+    (terminal.folder / "runs" / "mine").mkdir(parents=True)
+    (terminal.folder / "runs" / "mine" / "study.json").write_text("{}")
+    message = terminal.refused("search", "--data", tiny.store_folder, "--study", "mine")
+    assert "--resume mine" in message
+
+
+@pytest.mark.parametrize("command", ["search --resume lost", "report lost"])
+def test_a_study_that_does_not_exist(terminal: Terminal, command: str) -> None:
+    assert "no study here" in terminal.refused(*command.split())
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"objectives": 3}'])
+def test_a_damaged_study(terminal: Terminal, content: str) -> None:
+    (terminal.folder / "runs" / "mine").mkdir(parents=True)
+    (terminal.folder / "runs" / "mine" / "study.json").write_text(content)
+    message = terminal.refused("search", "--resume", "mine")
+    assert "study.json: damaged" in message
+
+
+def test_a_full_disk_leaves_no_study(terminal: Terminal, tiny: Tiny) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "study.json.tmp")
+
+    (terminal.folder / "runs").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        message = terminal.refused("search", "--data", tiny.store_folder)
+    assert "no space left; free some" in message
+
+
+def test_an_interrupt_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    terminal.monkeypatch.setattr("tuner.search.run.run_search", interrupted)
+    finished = terminal.run("search", "--data", tiny.store_folder, "--study", "mine", "--runs", "there")
+    assert finished.code == 130
+    assert finished.err.count("\n") == 1
+    assert "`tuner search --resume mine --runs there`" in finished.err
+
+
+def test_a_bug_keeps_its_traceback(terminal: Terminal) -> None:
+    """Only what a user can mend becomes a sentence."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    terminal.monkeypatch.setattr("tuner.space.list_spaces", broken)
+    terminal.monkeypatch.setattr(sys, "argv", ["tuner", "spaces"])
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main()
+
+
+# Adapters
+
+
+def test_an_adapter_is_evaluated_without_ray(terminal: Terminal, trained: Trained, tiny: Tiny) -> None:
+    given = ("evaluate", trained.folder, "--data", tiny.store_folder, "--split", "validation")
+    finished = terminal.run(*given, "--json")
+    assert (finished.code, finished.err) == (0, "")
+    values = json.loads(finished.out)
+    assert values["recall@10"] == trained.metrics["recall@10"]
+    assert values["text_to_audio"]["R@1"] == trained.metrics["text_to_audio_R@1"]
+    assert values["audio_to_text"]["N"] == 12
+    low, high = values["intervals"]["recall@1"]
+    assert low <= values["recall@1"] <= high
+    table = terminal.run(*given).out
+    assert f"{trained.metrics['recall@1']:.4f}  [" in table
+
+
+def test_an_adapter_follows_an_encoder_that_moved(terminal: Terminal, trained: Trained, tiny: Tiny) -> None:
+    moved = write_encoder(terminal.folder / "moved")
+    finished = terminal.run("evaluate", trained.folder, "--data", tiny.store_folder, "--encoder", moved, "--json")
+    assert finished.code == 0, finished.err
+
+
+def damaged(trained: Trained, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of the adapter whose tensors were changed."""
+    folder.mkdir()
+    for file in trained.folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+KEY = "base_model.model.layers.1.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.pop(KEY), f"{KEY} is missing"),
+        (lambda tensors: tensors.update({"layers.9.lora_A.weight": torch.ones(2)}), "layers.9.lora_A.weight is unexp"),
+        (lambda tensors: tensors.update({KEY: torch.ones(3, 32)}), f"{KEY} is (3, 32), expected (2, 32)"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(
+    terminal: Terminal, trained: Trained, tiny: Tiny, change: Callable[[dict[str, torch.Tensor]], object], said: str
+) -> None:
+    folder = damaged(trained, terminal.folder / "adapter", change)
+    soundfile.write(terminal.folder / "a.wav", np.sin(np.arange(8000) * 0.1), 16000)
+    for command in (
+        ["evaluate", folder, "--data", tiny.store_folder],
+        ["embed", folder, "a.wav", "--out", "e.parquet"],
+    ):
+        assert said in terminal.refused(*command)
+
+
+def test_a_folder_that_is_no_adapter(terminal: Terminal, tiny: Tiny) -> None:
+    (terminal.folder / "empty").mkdir()
+    for folder in ("empty", "missing"):
+        assert "no card.json" in terminal.refused("evaluate", folder, "--data", tiny.store_folder)
+
+
+def test_an_unknown_split(terminal: Terminal, trained: Trained, tiny: Tiny) -> None:
+    given = ("evaluate", trained.folder, "--data", tiny.store_folder, "--split", "tset")
+    assert "'tset'; there are train, validation, test" in terminal.refused(*given)
+
+
+def test_recordings_that_do_not_exist(terminal: Terminal, trained: Trained) -> None:
+    assert "nothing.wav" in terminal.refused("embed", trained.folder, "nothing.wav", "--out", "e.parquet")
+
+
+def test_embeddings_are_written(terminal: Terminal, trained: Trained) -> None:
+    for index in range(3):
+        soundfile.write(terminal.folder / f"{index}.wav", np.sin(np.arange(4000) * 0.1 * (index + 1)), 16000)
+    (terminal.folder / "torn.wav").write_bytes(b"RIFF")
+    finished = terminal.run("embed", trained.folder, terminal.folder, "--out", "e.parquet")
+    assert finished.code == 0, finished.err
+    assert "3 embeddings of width 8" in finished.out
+    assert "torn.wav: " in finished.err
+    assert "left out" in finished.err
+    assert pq.read_table(terminal.folder / "e.parquet").num_rows == 3
+
+
+def test_one_configuration_is_trained_again(terminal: Terminal, trained: Trained) -> None:
+    finished = terminal.run("train", trained.folder / "trial.yaml", "--out", "again", "--epochs", 1)
+    assert finished.code == 0, finished.err
+    assert "again: validation recall@10 " in finished.out
+    assert {path.name for path in (terminal.folder / "again").iterdir()} == {p.name for p in trained.folder.iterdir()}
+
+
+def test_a_trial_file_that_is_none(terminal: Terminal) -> None:
+    assert "mine.yaml" in terminal.refused("train", write_space(terminal.folder), "--out", "again")
+    assert "gone.yaml" in terminal.refused("train", "gone.yaml", "--out", "again")
