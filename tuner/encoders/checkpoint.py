@@ -92,6 +92,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def tower_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of an audio tower from that of the tower alone or of a whole model that nests it.
+
+    The nested one may leave out what equals the defaults of transformers: `defaults` gives those that are read here.
+    """
+    own = config.get("audio_config", config)
+    return dict(defaults) | dict(own or {})
+
+
 def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
     """The safetensors files that hold tensors below the first of `prefixes` that occurs, sorted.
 

@@ -14,7 +14,7 @@ group, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,9 @@ class Group:
     padded_GT: Tensor | None  # for each place of the padded group, flat, its token counted from `start`
     real_N: Tensor | None  # for each token of the group, its place in the padded group
     bias_G1T: Tensor | None  # 0 on real tokens, the lowest number on padding
+
+
+ScoreBias = Callable[[Group], Tensor]
 
 
 class Packing:
@@ -125,11 +128,13 @@ def packed_attention(
     attention_mask: Packing | None,
     scaling: float,
     dropout: float = 0.0,
+    score_bias: ScoreBias | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function for transformers: each clip of the packing attends to itself alone.
 
-    Without a packing (somebody calls the tower itself) it is transformers' own.
+    Without a packing (somebody calls the tower itself) it is transformers' own. `score_bias` gives what a family adds
+    to the scores HGTT of a group.
 
     Returns:
         Output [1, N, H, d], as transformers wants it, and no weights.
@@ -142,8 +147,9 @@ def packed_attention(
     assert dropout == 0.0, "the frozen tower has no dropout of its own"
     parts = []
     for group in attention_mask.groups:
-        query, key, value = (_padded(part[0], group) for part in (query_1HNd, key_1HNd, value_1HNd))
-        parts.append(_unpadded(_attend(query, key, value, group, scaling), group))
+        query, key, value = (padded(part[0], group) for part in (query_1HNd, key_1HNd, value_1HNd))
+        bias = _bias(group, score_bias, len(query))
+        parts.append(_unpadded(_attend(query, key, value, group, scaling, bias), group))
     heads, _, width = parts[0].shape
     parts.append(parts[0].new_zeros(heads, attention_mask.spare, width))
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
@@ -157,20 +163,31 @@ def empty_tower(tower_class: type[nn.Module], config: Any) -> nn.Module:
         return tower_class(config)
 
 
-def _attend(query_HGTd: Tensor, key_HGTd: Tensor, value_HGTd: Tensor, group: Group, scaling: float) -> Tensor:
+def _bias(group: Group, score_bias: ScoreBias | None, heads: int) -> Tensor | None:
+    """What is added to the scores HGTT of a group, in a shape that broadcasts to theirs."""
+    padding_HG1T = None if group.bias_G1T is None else group.bias_G1T[None].expand(heads, -1, -1, -1)
+    if score_bias is None:
+        return padding_HG1T
+    own_HGTT = score_bias(group)
+    return own_HGTT if padding_HG1T is None else own_HGTT + padding_HG1T
+
+
+def _attend(
+    query_HGTd: Tensor, key_HGTd: Tensor, value_HGTd: Tensor, group: Group, scaling: float, bias: Tensor | None
+) -> Tensor:
     plain = query_HGTd.device.type == "cpu" and query_HGTd.dtype == torch.bfloat16 and group.width <= PLAIN_WIDTH
     if not plain:
-        bias = None if group.bias_G1T is None else group.bias_G1T[None].expand(len(query_HGTd), -1, -1, -1)
         return F.scaled_dot_product_attention(query_HGTd, key_HGTd, value_HGTd, attn_mask=bias, scale=scaling)
     score_HGTT = query_HGTd @ key_HGTd.transpose(2, 3)
     if scaling != 1.0:
         score_HGTT = score_HGTT * scaling
-    if group.bias_G1T is not None:
-        score_HGTT = score_HGTT + group.bias_G1T
+    if bias is not None:
+        score_HGTT = score_HGTT + bias
     return score_HGTT.softmax(dim=3) @ value_HGTd
 
 
-def _padded(states_HNd: Tensor, group: Group) -> Tensor:
+def padded(states_HNd: Tensor, group: Group) -> Tensor:
+    """States HGTd of a group from those of the whole pack; padding repeats a clip's last token."""
     heads, _, width = states_HNd.shape
     own_HNd = states_HNd[:, group.start : group.stop]
     if group.padded_GT is not None:

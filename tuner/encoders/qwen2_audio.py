@@ -7,10 +7,9 @@ tower is read, or as a folder of its own (`qwen2_audio_encoder`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tuner.encoders.checkpoint import weight_files
+from tuner.encoders.checkpoint import tower_config, weight_files
 from tuner.encoders.family import EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, Window
 from tuner.encoders.whisper import WhisperFeatures, whisper_spec
@@ -36,12 +35,6 @@ DEFAULTS = {
 }
 
 
-def tower_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration of the tower from the parsed `config.json` of a whole model or of the tower alone."""
-    own = config.get("audio_config") or {} if config.get("model_type") == WHOLE else config
-    return DEFAULTS | dict(own)
-
-
 def inspect(source: EncoderSource) -> EncoderSpec:
     """Facts of the tower; `source` is a whole model or the tower alone.
 
@@ -54,7 +47,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
             "embeddings for more work; leave pad_to_30s out"
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
-    return whisper_spec(source, tower_config(source.config), weights, pooling_windows=(PAIRS,))
+    return whisper_spec(source, tower_config(source.config, DEFAULTS), weights, pooling_windows=(PAIRS,))
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:

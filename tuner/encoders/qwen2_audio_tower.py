@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors
+from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
 from tuner.encoders.packed import Packing, empty_tower
-from tuner.encoders.qwen2_audio import PREFIXES, tower_config
+from tuner.encoders.qwen2_audio import DEFAULTS, PREFIXES
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper_tower import NO_DROPOUT, WhisperAudioEncoder
 
@@ -42,7 +42,7 @@ def load_qwen2_audio(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Qwen
     from transformers import Qwen2AudioEncoderConfig
     from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-    config = tower_config(read_json(spec.folder / "config.json"))
+    config = tower_config(read_json(spec.folder / "config.json"), DEFAULTS)
     tower = empty_tower(Qwen2AudioEncoder, Qwen2AudioEncoderConfig(**(config | NO_DROPOUT)))
     load_strictly(tower, read_tensors(spec.folder, PREFIXES[spec.family], dtype, device), spec.folder)
     return Qwen2AudioTower(spec, tower).eval()

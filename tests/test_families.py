@@ -1,0 +1,479 @@
+"""The contract of every family of encoders: names, lengths, batches, counts, training, files.
+
+Each family is a small random model as Hugging Face saves it, found by its own name in the registry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tuner.config import EncoderRef, LoraSpec, OptimSpec, TrialConfig
+from tuner.encoders import packed
+from tuner.encoders.base import AudioEncoder
+from tuner.encoders.registry import families, inspect_encoder, load_encoder, load_feature_extractor
+from tuner.encoders.spec import EncoderSpec
+from tuner.errors import EncoderError
+from tuner.lora import adapter as adapters
+from tuner.lora.placement import resolve_placement
+from tuner.train.embed import Clips
+from tuner.train.member import Member
+from tuner.train.model import encoder_precision, pool_clips
+from tuner.train.prefix import LivePrefix, row_lengths
+
+RATE = 16_000
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+WAVEFORM_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense")
+WHISPER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+# Seconds of the clips: short and long, in no order, two of nearly the same length (they attend in one group).
+SECONDS = (0.83, 0.05, 2.0, 1.97, 0.311)
+
+Reference = Callable[[Any, EncoderSpec, NDArray[np.float32]], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family: how to make a small model of it, and what it must look like from outside."""
+
+    model: Callable[[], Any]
+    targets: tuple[str, ...]
+    reference: Reference  # transformers' own output TD for a clip, real tokens alone
+    pad_to_30s: bool = False
+    preprocessor: dict[str, Any] | None = None
+    tower: str = ""  # where the tower is inside the model
+    feature_channels: int = 128
+
+
+def sizes(**more: Any) -> dict[str, Any]:
+    return {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, **more}
+
+
+def whisper(mels: int, **more: Any) -> Any:
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            d_model=32,
+            encoder_layers=3,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=48,
+            num_mel_bins=mels,
+            vocab_size=64,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            decoder_start_token_id=0,
+            **more,
+        )
+    )
+
+
+def qwen2_audio() -> Any:
+    audio = {"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4}
+    text = {"model_type": "qwen2", "vocab_size": 200, "num_key_value_heads": 2, "pad_token_id": 0, **sizes()}
+    return transformers.Qwen2AudioForConditionalGeneration(
+        transformers.Qwen2AudioConfig(
+            audio_config=audio | {"encoder_ffn_dim": 48}, text_config=text, audio_token_index=150
+        )
+    )
+
+
+def voxtral(**more: Any) -> Any:
+    text = {"model_type": "llama", "vocab_size": 200, "num_key_value_heads": 2, "pad_token_id": 0, **sizes()}
+    return transformers.VoxtralForConditionalGeneration(
+        transformers.VoxtralConfig(
+            audio_config={"model_type": "voxtral_encoder", **sizes(**more)}, text_config=text, audio_token_id=150
+        )
+    )
+
+
+def waveform(kind: str, large: bool, head: str = "Model") -> Callable[[], Any]:
+    """A base model (group norm, norm after attention) or one built like the large ones (layer norm, norm before)."""
+
+    def build() -> Any:
+        config = getattr(transformers, f"{kind}Config")(
+            **sizes(),
+            conv_dim=[16] * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            do_stable_layer_norm=large,
+            feat_extract_norm="layer" if large else "group",
+            conv_bias=large,
+            hidden_dropout=0.4,
+            vocab_size=32,
+            **({"num_buckets": 32, "max_bucket_distance": 60} if kind == "WavLM" else {}),
+        )
+        return getattr(transformers, f"{kind}{head}")(config)
+
+    return build
+
+
+def whole_waveform(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    features, _ = load_feature_extractor(spec).extract(clip)
+    states_1TD: Tensor = model(torch.from_numpy(features)).last_hidden_state
+    return states_1TD[0]
+
+
+def window(spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """The clip in the encoder's whole window of silence, [1, C, F]."""
+    extractor: Any = load_feature_extractor(spec)
+    features: Tensor = extractor.extractor(clip, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    return features[:, :, : spec.max_frames]
+
+
+def in_whole_window(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """The original Whisper and Voxtral: padding attends."""
+    states_1TD: Tensor = model(window(spec, clip)).last_hidden_state
+    return states_1TD[0, : spec.token_length(-(-clip.size // 160))]
+
+
+def truncated(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """Whisper and Voxtral with the window cut to the clip behind the convolutions."""
+    tokens = spec.token_length(-(-clip.size // 160))
+    hidden = nn.functional.gelu(model.conv2(nn.functional.gelu(model.conv1(window(spec, clip)))))
+    hidden = hidden.transpose(1, 2)[:, :tokens] + model.embed_positions.weight[:tokens]
+    for layer in model.layers:
+        hidden = layer(hidden, None)
+    states_1TD: Tensor = model.layer_norm(hidden)
+    return states_1TD[0]
+
+
+def masked(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """The original Qwen2-Audio: the whole window with its padding masked, in pairs of tokens."""
+    frames = -(-clip.size // 160)
+    mask = torch.zeros(1, 1, 1, model.config.max_source_positions)
+    mask[..., (frames - 1) // 2 + 1 :] = torch.finfo(torch.float32).min
+    states_1TD: Tensor = model(window(spec, clip), attention_mask=mask).last_hidden_state
+    return states_1TD[0, : ((frames - 1) // 2 - 1) // 2 + 1]
+
+
+NORMALISED = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": True, "sampling_rate": RATE}
+RAW = NORMALISED | {"do_normalize": False}
+# A window of 2.4 s instead of 30 s, which would take its time: nothing else depends on its length.
+SHORT_WINDOW = {"max_source_positions": 120}
+CASES = {
+    "whisper": Case(lambda: whisper(80), WHISPER_TARGETS, truncated, tower="model.encoder", feature_channels=80),
+    "whisper of 128 mels, padded": Case(
+        lambda: whisper(128, **SHORT_WINDOW), WHISPER_TARGETS, in_whole_window, pad_to_30s=True, tower="model.encoder"
+    ),
+    "qwen2_audio": Case(qwen2_audio, WHISPER_TARGETS, masked, tower="model.audio_tower"),
+    "qwen2_audio_encoder": Case(lambda: qwen2_audio().model.audio_tower, WHISPER_TARGETS, masked),
+    "voxtral": Case(voxtral, WHISPER_TARGETS, truncated, tower="model.audio_tower"),
+    "voxtral_encoder": Case(lambda: voxtral().model.audio_tower, WHISPER_TARGETS, truncated),
+    "voxtral, padded": Case(
+        lambda: voxtral(**SHORT_WINDOW), WHISPER_TARGETS, in_whole_window, pad_to_30s=True, tower="model.audio_tower"
+    ),
+    **{
+        f"{kind.lower()} {'large' if large else 'base'}": Case(
+            waveform(kind, large),
+            WAVEFORM_TARGETS,
+            whole_waveform,
+            preprocessor=NORMALISED if large else RAW,
+            feature_channels=1,
+        )
+        for kind in ("Wav2Vec2", "Hubert", "WavLM")
+        for large in (False, True)
+    },
+    "wav2vec2 with a head": Case(
+        waveform("Wav2Vec2", False, "ForCTC"),
+        WAVEFORM_TARGETS,
+        whole_waveform,
+        preprocessor=NORMALISED,
+        tower="wav2vec2",
+        feature_channels=1,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A case on disk, and the tower of transformers that was saved."""
+
+    case: Case
+    folder: Path
+    tower: Any
+
+    @property
+    def spec(self) -> EncoderSpec:
+        return inspect_encoder(EncoderRef(source=str(self.folder), pad_to_30s=self.case.pad_to_30s))
+
+    def encoder(self, dtype: torch.dtype = torch.float32) -> AudioEncoder:
+        return load_encoder(self.spec, dtype)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    case = CASES[request.param]
+    folder = tmp_path_factory.mktemp("family")
+    torch.manual_seed(0)
+    model = case.model().eval()
+    with torch.no_grad():
+        # transformers starts so near to zero that attention would hardly matter.
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    if case.preprocessor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(case.preprocessor))
+    return Made(case, folder, model.get_submodule(case.tower))
+
+
+def sounds(seconds: tuple[float, ...] = SECONDS) -> list[NDArray[np.float32]]:
+    """Tones of different pitch in noise."""
+    random = np.random.default_rng(0)
+    clips = []
+    for index, length in enumerate(seconds):
+        time = np.arange(int(length * RATE)) / RATE
+        tone = np.sin(2 * np.pi * 200 * 1.7**index * time) * (0.3 + 0.1 * index)
+        clips.append((tone + 0.05 * random.standard_normal(time.size)).astype(np.float32))
+    return clips
+
+
+def extracted(spec: EncoderSpec, clips: list[NDArray[np.float32]]) -> Clips:
+    extractor = load_feature_extractor(spec)
+    pairs = [extractor.extract(clip) for clip in clips]
+    return Clips([features for features, _ in pairs], np.asarray([frames for _, frames in pairs], dtype=np.int32))
+
+
+def outputs(encoder: AudioEncoder, clips: list[NDArray[np.float32]]) -> list[Tensor]:
+    """Output states TD of each clip from one batch."""
+    inputs = extracted(encoder.spec, clips)
+    frames_B = torch.from_numpy(inputs.frames.astype(np.int64))
+    with torch.no_grad(), encoder_precision(encoder):
+        hidden_BTD, mask_BT = encoder(encoder.pad_features(inputs.maps), frames_B)
+    assert mask_BT.sum(dim=1).tolist() == encoder.token_lengths(frames_B).tolist()
+    assert mask_BT.sum(dim=1).tolist() == [encoder.spec.token_length(int(frames)) for frames in inputs.frames]
+    return [states_TD[mask_T] for states_TD, mask_T in zip(hidden_BTD, mask_BT, strict=True)]
+
+
+def attach_trained(encoder: AudioEncoder, lora: LoraSpec) -> None:
+    """An adapter with a random B, as if it had been trained."""
+    torch.manual_seed(1)
+    adapters.attach(encoder, lora, "default")
+    with torch.no_grad():
+        for parameter in adapters.parameters(encoder, "default")[1::2]:
+            parameter.normal_(std=0.2)
+
+
+def test_every_family_has_a_case() -> None:
+    assert {name.split()[0].rstrip(",") for name in CASES} == set(families())
+
+
+def test_features_are_stored_as_channels_by_frames(made: Made) -> None:
+    spec = made.spec
+    assert spec.feature_channels == made.case.feature_channels
+    assert spec.max_frames / spec.max_seconds == pytest.approx(RATE if spec.feature_channels == 1 else 100)
+    inputs = extracted(spec, sounds())
+    for features, frames in zip(inputs.maps, inputs.frames, strict=True):
+        assert features.dtype == np.float32 and features.flags.c_contiguous
+        assert features.shape[0] == spec.feature_channels and frames <= features.shape[1] <= spec.max_frames
+
+
+def test_names_of_the_shipped_spaces_resolve(made: Made) -> None:
+    """By layer, path and count, against the modules that are really there."""
+    spec, lora = made.spec, LoraSpec(rank=3, targets=ALL)
+    assert tuple(spec.targets) == made.case.targets
+    placement = resolve_placement(spec, lora)
+    assert placement == resolve_placement(spec, LoraSpec(rank=3, targets=made.case.targets))
+    linears = {
+        path: module
+        for path, module in made.tower.named_modules()
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in made.case.targets
+    }
+    assert set(placement.modules) == set(linears) and len(linears) == spec.num_layers * len(made.case.targets)
+    assert placement.lora_parameters == sum(3 * (each.in_features + each.out_features) for each in linears.values())
+    encoder = made.encoder()
+    adapters.attach(encoder, lora, "default")
+    trainable = sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+    assert trainable == placement.lora_parameters
+
+
+def test_a_clip_in_a_batch_equals_the_clip_alone(made: Made) -> None:
+    """Tolerance 1e-5 of the largest state, in fp32: other matrix shapes round differently."""
+    encoder = made.encoder()
+    for batched_TD, clip in zip(outputs(encoder, sounds()), sounds(), strict=True):
+        (alone_TD,) = outputs(encoder, [clip])
+        assert batched_TD.shape == alone_TD.shape and len(alone_TD) > 0
+        assert (batched_TD - alone_TD).abs().max() <= 1e-5 * alone_TD.abs().max()
+
+
+def test_equals_transformers_clip_by_clip(made: Made) -> None:
+    """Tolerance 1e-5 of the largest state, in fp32, from a batch of different lengths."""
+    for ours_TD, clip in zip(outputs(made.encoder(), sounds()), sounds(), strict=True):
+        with torch.no_grad():
+            theirs_TD = made.case.reference(made.tower, made.spec, clip)
+        assert ours_TD.shape == theirs_TD.shape
+        assert (ours_TD - theirs_TD).abs().max() <= 1e-5 * theirs_TD.abs().max()
+
+
+def test_an_adapter_equals_the_merged_weights(made: Made) -> None:
+    """A LoRA on every target, against a base whose weights are W + (alpha / r) B A; tolerance 1e-4 in fp32."""
+    adapted, merged = made.encoder(), made.encoder()
+    attach_trained(adapted, LoraSpec(rank=2, targets=ALL))
+    with torch.no_grad():
+        for path, layer in adapted.tower.named_modules():
+            if hasattr(layer, "lora_A"):
+                linear: Any = merged.tower.get_submodule(path)
+                linear.weight += layer.get_delta_weight("default")
+    plain = outputs(made.encoder(), sounds())
+    for ours_TD, theirs_TD, plain_TD in zip(outputs(adapted, sounds()), outputs(merged, sounds()), plain, strict=True):
+        assert (ours_TD - theirs_TD).abs().max() <= 1e-4 * theirs_TD.abs().max()
+        assert (ours_TD - plain_TD).abs().max() > 1e-2 * plain_TD.abs().max()
+
+
+@pytest.mark.parametrize("plain_width", [packed.PLAIN_WIDTH, 0])
+def test_bf16_is_near_fp32(made: Made, plain_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an adapter, in the mixed precision of training, by plain and by fused attention; 10 % of the mean square."""
+    monkeypatch.setattr(packed, "PLAIN_WIDTH", plain_width)
+    states = []
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = made.encoder(dtype)
+        attach_trained(encoder, LoraSpec(rank=2, targets=ALL))
+        states.append(torch.cat(outputs(encoder, sounds())).float())
+    whole, half = states
+    assert (half - whole).square().mean().sqrt() <= 0.1 * whole.square().mean().sqrt()
+
+
+def test_training_lowers_the_loss_and_moves_every_tensor(made: Made) -> None:
+    """The loop of the pack: three steps, since A has no gradient before B has moved."""
+    encoder = made.encoder()
+    encoder.train()
+    frozen = {name: tensor.clone() for name, tensor in encoder.tower.state_dict().items()}
+    config = TrialConfig(
+        lora=LoraSpec(rank=2, targets=ALL), optim=OptimSpec(lora_lr=3e-3, head_lr=1e-3, warmup_fraction=0.0)
+    )
+    member = Member("t0000", config, encoder, text_dim=8, total_steps=100)
+    start = [parameter.detach().clone() for parameter in member.lora_parameters]
+    inputs = extracted(encoder.spec, sounds())
+    clips, lengths = np.arange(len(SECONDS)), row_lengths(encoder, inputs)
+    text_BD = nn.functional.normalize(torch.randn(len(clips), 8, generator=torch.Generator().manual_seed(2)), dim=1)
+    losses = []
+    for _ in range(4):
+        member.activate(training=True)
+        pooled_BH = pool_clips(encoder, LivePrefix(encoder, inputs, member.depth), clips, lengths, budget=120)
+        loss = member.loss(member.head(pooled_BH), text_BD, torch.eye(len(clips), dtype=torch.bool))
+        losses.append(float(loss.detach()))
+        loss.backward()
+        member.step()
+    assert losses[0] > losses[1] > losses[3]
+    moved = [not torch.equal(old, new) for old, new in zip(start, member.lora_parameters, strict=True)]
+    assert all(moved), f"{moved.count(False)} of {len(moved)} LoRA tensors never moved"
+    member.detach()
+    after = encoder.tower.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in frozen.items())
+
+
+def test_an_adapter_survives_export(made: Made, tmp_path: Path) -> None:
+    encoder, lora = made.encoder(), LoraSpec(rank=2, targets=ALL, first_layer=1)
+    before = outputs(encoder, sounds())
+    attach_trained(encoder, lora)
+    expected = outputs(encoder, sounds())
+    assert not torch.equal(expected[0], before[0])
+    adapters.save_adapter(encoder, "default", tmp_path, lora)
+    fresh = made.encoder()
+    adapters.load_adapter(fresh, tmp_path)
+    assert all(map(torch.equal, outputs(fresh, sounds()), expected))
+
+
+# What only the waveform encoders have
+
+
+@pytest.fixture
+def wav2vec2(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    waveform("Wav2Vec2", False)().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(NORMALISED))
+    return tmp_path / "model"
+
+
+def test_padding_leaks_into_a_base_model_of_transformers(wav2vec2: Path) -> None:
+    """Why the stem runs clip by clip: in a padded batch the group norm counts the padding, mask or not."""
+    model = transformers.Wav2Vec2Model.from_pretrained(wav2vec2).eval()
+    (clip,) = sounds((0.83,))
+    batch = torch.zeros(1, 2 * RATE)
+    batch[0, : clip.size] = torch.from_numpy(clip)
+    mask = (torch.arange(2 * RATE) < clip.size)[None].long()
+    with torch.no_grad():
+        alone_TD = model(torch.from_numpy(clip)[None]).last_hidden_state[0]
+        batched_TD = model(batch, attention_mask=mask).last_hidden_state[0, : len(alone_TD)]
+    assert (alone_TD - batched_TD).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks by the old name
+def test_lora_on_transformers_own_wavlm_does_nothing() -> None:
+    """Why WavLM's attention is replaced: it reads the weights of its projections and never calls them."""
+    torch.manual_seed(0)
+    model = waveform("WavLM", False)().eval()
+    samples = torch.from_numpy(sounds((0.5,))[0])[None]
+    with torch.no_grad():
+        before = model(samples).last_hidden_state
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        assert torch.equal(adapted(samples).last_hidden_state, before)
+        assert not torch.allclose(adapted.merge_and_unload()(samples).last_hidden_state, before)
+
+
+def test_the_preprocessor_says_whether_to_normalise(wav2vec2: Path) -> None:
+    (clip,) = sounds((0.5,))
+    path = wav2vec2 / "preprocessor_config.json"
+    spec = inspect_encoder(EncoderRef(source=str(wav2vec2)))
+    features, frames = load_feature_extractor(spec).extract(clip)
+    assert frames == clip.size and abs(features.mean()) < 1e-6 and features.std() == pytest.approx(1, abs=1e-3)
+    path.write_text(json.dumps(RAW))
+    raw = inspect_encoder(EncoderRef(source=str(wav2vec2)))
+    assert raw.fingerprint != spec.fingerprint
+    assert np.array_equal(load_feature_extractor(raw).extract(clip)[0][0], clip)
+    path.write_text(json.dumps(RAW | {"sampling_rate": 8000}))
+    with pytest.raises(EncoderError, match="sampling_rate is 8000, but this encoder reads 16000"):
+        inspect_encoder(EncoderRef(source=str(wav2vec2)))
+    path.unlink()
+    with pytest.raises(EncoderError, match=r"preprocessor_config.json: is missing"):
+        inspect_encoder(EncoderRef(source=str(wav2vec2)))
+
+
+OLD_NAMES, NEW_NAMES = ("weight_g", "weight_v"), tuple(f"parametrizations.weight.original{part}" for part in "01")
+
+
+@pytest.mark.parametrize("names", [OLD_NAMES, NEW_NAMES])
+def test_both_names_of_the_weight_norm(wav2vec2: Path, names: tuple[str, str]) -> None:
+    """Checkpoints have torch's old or its new ones."""
+    expected = outputs(load_encoder(inspect_encoder(EncoderRef(source=str(wav2vec2))), torch.float32), sounds())
+    tensors = load_file(wav2vec2 / "model.safetensors")
+    conv = "encoder.pos_conv_embed.conv"
+    for old, new, name in zip(OLD_NAMES, NEW_NAMES, names, strict=True):
+        (found,) = {f"{conv}.{old}", f"{conv}.{new}"} & set(tensors)
+        tensors[f"{conv}.{name}"] = tensors.pop(found)
+    save_file(tensors, wav2vec2 / "model.safetensors")
+    encoder = load_encoder(inspect_encoder(EncoderRef(source=str(wav2vec2))), torch.float32)
+    assert all(map(torch.equal, outputs(encoder, sounds()), expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"add_adapter": True}, "add_adapter in config.json asks for convolutions behind the blocks"),
+        ({"conv_stride": [5, 2]}, "conv_kernel and conv_stride in config.json must be lists of one length"),
+        ({"hidden_size": None}, "hidden_size in config.json is None"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used(wav2vec2: Path, change: dict[str, Any], match: str) -> None:
+    path = wav2vec2 / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(EncoderError, match=match):
+        inspect_encoder(EncoderRef(source=str(wav2vec2)))
+
+
+def test_a_waveform_has_no_window_to_pad_to(wav2vec2: Path) -> None:
+    with pytest.raises(EncoderError, match="has no 30 s window"):
+        inspect_encoder(EncoderRef(source=str(wav2vec2), pad_to_30s=True))
