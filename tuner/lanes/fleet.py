@@ -21,6 +21,9 @@ HEAD_NODE = {"node:__internal_head__": 0.001}
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
 STOP_SECONDS = 20.0
+# Training meets many matrix shapes. oneDNN keeps what it made for 1,024 of them and each thread keeps a heap of its own:
+# together 600 MB more after a few epochs than with these, for no measurable speed.
+LEAN_MEMORY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        options["runtime_env"] = {"env_vars": LEAN_MEMORY}
+    for name, value in LEAN_MEMORY.items():
+        os.environ.setdefault(name, value)
     if address is None:
         options |= {"include_dashboard": dashboard, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:
