@@ -37,6 +37,7 @@ RATE = 16_000
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 WAVEFORM_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense")
 WHISPER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+GLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 # Seconds of the clips: short and long, in no order, two of nearly the same length (they attend in one group).
 SECONDS = (0.83, 0.05, 2.0, 1.97, 0.311)
 
@@ -100,6 +101,49 @@ def voxtral(**more: Any) -> Any:
     )
 
 
+def glmasr() -> Any:
+    text = {"model_type": "llama", "vocab_size": 200, "num_key_value_heads": 2, "pad_token_id": 0, **sizes()}
+    return transformers.GlmAsrForConditionalGeneration(
+        transformers.GlmAsrConfig(
+            audio_config={"model_type": "glmasr_encoder", **sizes()}, text_config=text, audio_token_id=150
+        )
+    )
+
+
+def omni_thinker() -> Any:
+    """Windows of 20 tokens, so that the clips have full and broken ones."""
+    audio = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "n_window": 20}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    text = {"vocab_size": 200, "num_key_value_heads": 2, "pad_token_id": 0, **sizes()}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return transformers.Qwen2_5OmniThinkerForConditionalGeneration(
+        transformers.Qwen2_5OmniThinkerConfig(
+            audio_config=audio | {"output_dim": 32},
+            vision_config=vision,
+            text_config=text | {"rope_parameters": rope},
+        )
+    )
+
+
+class WholeOmni(nn.Module):
+    """A Qwen2.5-Omni on disk: its thinker below `thinker.`, and something of its talker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thinker = omni_thinker()
+        self.talker = nn.Linear(3, 3)
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.thinker.save_pretrained(folder)
+        thinker = load_file(folder / "model.safetensors")
+        tensors = {f"thinker.{name}": tensor for name, tensor in thinker.items()} | self.talker.state_dict(
+            prefix="talker."
+        )
+        save_file(tensors, folder / "model.safetensors")
+        config = {"model_type": "qwen2_5_omni", "thinker_config": json.loads((folder / "config.json").read_text())}
+        (folder / "config.json").write_text(json.dumps(config))
+
+
 def waveform(kind: str, large: bool, head: str = "Model") -> Callable[[], Any]:
     """A base model (group norm, norm after attention) or one built like the large ones (layer norm, norm before)."""
 
@@ -151,6 +195,28 @@ def truncated(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tenso
     return states_1TD[0]
 
 
+def rotated(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """GLM-ASR with the window cut to the clip behind the convolutions."""
+    tokens = spec.token_length(-(-clip.size // 160))
+    hidden = nn.functional.gelu(model.conv2(nn.functional.gelu(model.conv1(window(spec, clip)))))
+    hidden = hidden.transpose(1, 2)[:, :tokens]
+    rotation = model.rotary_emb(hidden, position_ids=torch.arange(tokens)[None])
+    for layer in model.layers:
+        hidden = layer(hidden, position_embeddings=rotation)
+    states_1TD: Tensor = model.norm(hidden)
+    return states_1TD[0]
+
+
+def in_windows(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """The original Qwen2.5-Omni without its projection into the language model."""
+    frames = -(-clip.size // 160)
+    captured: list[Tensor] = []
+    hook = model.ln_post.register_forward_hook(lambda module, arguments, output: captured.append(output))
+    model(window(spec, clip)[0, :, :frames], feature_lens=torch.tensor([frames]))
+    hook.remove()
+    return captured[0]
+
+
 def masked(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
     """The original Qwen2-Audio: the whole window with its padding masked, in pairs of tokens."""
     frames = -(-clip.size // 160)
@@ -176,6 +242,11 @@ CASES = {
     "voxtral, padded": Case(
         lambda: voxtral(**SHORT_WINDOW), WHISPER_TARGETS, in_whole_window, pad_to_30s=True, tower="model.audio_tower"
     ),
+    "glmasr": Case(glmasr, GLM_TARGETS, rotated, tower="model.audio_tower"),
+    "glmasr_encoder": Case(lambda: glmasr().model.audio_tower, GLM_TARGETS, rotated),
+    "qwen2_5_omni": Case(WholeOmni, WHISPER_TARGETS, in_windows, tower="thinker.model.audio_tower"),
+    "qwen2_5_omni_thinker": Case(omni_thinker, WHISPER_TARGETS, in_windows, tower="model.audio_tower"),
+    "qwen2_5_omni_audio_encoder": Case(lambda: omni_thinker().model.audio_tower, WHISPER_TARGETS, in_windows),
     **{
         f"{kind.lower()} {'large' if large else 'base'}": Case(
             waveform(kind, large),

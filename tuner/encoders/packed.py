@@ -14,7 +14,7 @@ group, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,15 @@ class Packing:
     Args:
         lengths: tokens of each clip, in the order of the pack; falling lengths give the fewest groups.
         dtype, device: of the hidden states.
+        window: where it is given, a clip attends in separate windows of so many tokens, the last one shorter.
     """
 
-    def __init__(self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device, window: int | None = None
+    ) -> None:
         self.lengths = tuple(lengths)
-        self.groups = tuple(_groups(self.lengths, dtype, device))
+        spans = self.lengths if window is None else tuple(_windows(self.lengths, window))
+        self.groups = tuple(_groups(spans, dtype, device))
 
     @property
     def tokens(self) -> int:
@@ -86,6 +90,11 @@ class Packing:
 def unpack(packed_ND: Tensor, lengths: Sequence[int]) -> Tensor:
     """A padded batch BTD, zero behind each clip, from tokens end to end."""
     return torch.nn.utils.rnn.pad_sequence(list(torch.split(packed_ND, list(lengths))), batch_first=True)
+
+
+def _windows(lengths: Sequence[int], window: int) -> Iterator[int]:
+    for length in lengths:
+        yield from (min(window, length - start) for start in range(0, length, window))
 
 
 def _groups(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Group]:
@@ -128,30 +137,32 @@ def packed_attention(
     attention_mask: Packing | None,
     scaling: float,
     dropout: float = 0.0,
+    packing: Packing | None = None,
     score_bias: ScoreBias | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function for transformers: each clip of the packing attends to itself alone.
 
-    Without a packing (somebody calls the tower itself) it is transformers' own. `score_bias` gives what a family adds
-    to the scores HGTT of a group.
+    Without a packing (somebody calls the tower itself) it is transformers' own. It comes as the attention mask, or by
+    its name through layers that take no mask. `score_bias` gives what a family adds to the scores HGTT of a group.
 
     Returns:
         Output [1, N, H, d], as transformers wants it, and no weights.
     """
-    if attention_mask is None:
+    packing = packing or attention_mask
+    if packing is None:
         whole: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query_1HNd, key_1HNd, value_1HNd, None, scaling=scaling, dropout=dropout, **more
         )
         return whole
     assert dropout == 0.0, "the frozen tower has no dropout of its own"
     parts = []
-    for group in attention_mask.groups:
+    for group in packing.groups:
         query, key, value = (padded(part[0], group) for part in (query_1HNd, key_1HNd, value_1HNd))
         bias = _bias(group, score_bias, len(query))
         parts.append(_unpadded(_attend(query, key, value, group, scaling, bias), group))
     heads, _, width = parts[0].shape
-    parts.append(parts[0].new_zeros(heads, attention_mask.spare, width))
+    parts.append(parts[0].new_zeros(heads, packing.spare, width))
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
 
 

@@ -8,8 +8,6 @@ and blocks are those of `WhisperAudioEncoder`, whose truncation is exact where p
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,12 +23,11 @@ class Qwen2AudioTower(WhisperAudioEncoder):
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
         """Means of neighboring tokens, then the final layer norm; a last token without a neighbor is left out."""
-        tower: Any = self.tower
         pairs = self.token_lengths(frames_B).tolist()
         clips = zip(packing.split(hidden_ND), pairs, strict=True)
         paired_ND = torch.cat([tokens_TD[: 2 * count] for tokens_TD, count in clips])
         mean_PD = paired_ND.reshape(-1, 2, paired_ND.shape[1]).mean(dim=1)
-        return tower.layer_norm(mean_PD), pairs
+        return self.final_norm(mean_PD), pairs
 
 
 def load_qwen2_audio(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Qwen2AudioTower:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.config import EncoderRef
-from tuner.encoders import ctranslate2, qwen2_audio, voxtral, wav2vec2, whisper
+from tuner.encoders import ctranslate2, glmasr, qwen2_5_omni, qwen2_audio, voxtral, wav2vec2, whisper
 from tuner.encoders.checkpoint import (
     CONFIG_PATTERNS,
     INDEX,
@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureExtractor", "families", "inspect_encoder", "load_encoder", "load_feature_extractor"]
 
-_RECORDS = (whisper.FAMILY, *qwen2_audio.FAMILIES, *voxtral.FAMILIES, *wav2vec2.FAMILIES)
+_RECORDS = (
+    whisper.FAMILY,
+    *glmasr.FAMILIES,
+    *qwen2_5_omni.FAMILIES,
+    *qwen2_audio.FAMILIES,
+    *voxtral.FAMILIES,
+    *wav2vec2.FAMILIES,
+)
 _FAMILIES = {family.model_type: family for family in _RECORDS}
 
 

@@ -58,7 +58,17 @@ class WhisperAudioEncoder(AudioEncoder):
         assert features_BCF.shape[2] >= needed, f"{features_BCF.shape[2]} frames given, {needed} needed"
         hidden_BDF = F.gelu(tower.conv1(features_BCF[:, :, :needed]))
         hidden_BTD = F.gelu(tower.conv2(hidden_BDF)).transpose(1, 2)[:, :tokens]
-        return cast(Tensor, hidden_BTD + tower.embed_positions.weight[:tokens])
+        return self.add_positions(hidden_BTD)
+
+    def add_positions(self, hidden_BTD: Tensor) -> Tensor:
+        """The convolved states with what tells tokens apart."""
+        tower: Any = self.tower
+        return cast(Tensor, hidden_BTD + tower.embed_positions.weight[: hidden_BTD.shape[1]])
+
+    def final_norm(self, tokens_ND: Tensor) -> Tensor:
+        """The last layer norm."""
+        tower: Any = self.tower
+        return cast(Tensor, tower.layer_norm(tokens_ND))
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
@@ -68,11 +78,10 @@ class WhisperAudioEncoder(AudioEncoder):
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
         """The final layer norm; of a clip padded to 30 s only its real tokens go on to pooling."""
-        tower: Any = self.tower
         lengths = self.token_lengths(frames_B).tolist()
         clips = zip(packing.split(hidden_ND), lengths, strict=True)
         real_ND = torch.cat([tokens_TD[:length] for tokens_TD, length in clips])
-        return tower.layer_norm(real_ND), lengths
+        return self.final_norm(real_ND), lengths
 
     def _continue_with_silence(self, features_BCF: Tensor) -> Tensor:
         batch, channels, frames = features_BCF.shape

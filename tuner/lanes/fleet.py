@@ -67,6 +67,9 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    if address is None:
+        # One machine, ours until the search ends: nobody will preempt it.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         options["runtime_env"] = {"env_vars": LEAN_MEMORY}
