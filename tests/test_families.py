@@ -358,6 +358,11 @@ def test_names_of_the_shipped_spaces_resolve(made: Made) -> None:
     assert tuple(spec.targets) == made.case.targets
     placement = resolve_placement(spec, lora)
     assert placement == resolve_placement(spec, LoraSpec(rank=3, targets=made.case.targets))
+    # An adapter's configuration from one family is a space's input for another: both names of the output projection.
+    assert resolve_placement(spec, LoraSpec(rank=3, targets=("o_proj",))) == resolve_placement(
+        spec, LoraSpec(rank=3, targets=("out_proj",))
+    )
+    assert set(spec.aliases.values()) <= set(spec.targets) and not set(spec.aliases) & set(spec.targets)
     linears = {
         path: module
         for path, module in made.tower.named_modules()

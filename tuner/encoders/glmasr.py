@@ -1,0 +1,91 @@
+"""The audio tower of GLM-ASR: Whisper's convolutions, rotary positions in the blocks. No torch at import.
+
+The original pads the clips of a batch to the longest and lets the padding attend, so what it gives for a clip depends
+on its neighbors. Here every clip is truncated to itself, and the convolutions see silence behind it. The tower comes
+inside the whole model (`glmasr`), of which nothing but the tower is read, or as a folder of its own (`glmasr_encoder`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tuner.encoders.checkpoint import tower_config, weight_files
+from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.spec import EncoderSpec, LinearTarget
+from tuner.encoders.whisper import WhisperFeatures, whisper_spec
+from tuner.errors import EncoderError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tuner.encoders.base import AudioEncoder
+
+WHOLE, TOWER = "glmasr", "glmasr_encoder"
+PREFIXES = {WHOLE: ("audio_tower.", "model.audio_tower."), TOWER: ("",)}
+# The nested configuration of a whole model may leave out what equals the defaults: the sizes of GLM-ASR-Nano.
+DEFAULTS = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "num_mel_bins": 128,
+    "max_position_embeddings": 1500,
+}
+_WHISPER_NAMES = {
+    "d_model": "hidden_size",
+    "encoder_ffn_dim": "intermediate_size",
+    "encoder_layers": "num_hidden_layers",
+    "num_mel_bins": "num_mel_bins",
+    "max_source_positions": "max_position_embeddings",
+}
+_SUFFIXES = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_ALIASES = {
+    "out_proj": "o_proj",
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "up_proj": "fc1",
+    "down_proj": "fc2",
+}
+
+
+def inspect(source: EncoderSource) -> EncoderSpec:
+    """Facts of the tower; `source` is a whole model or the tower alone.
+
+    Raises:
+        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
+    """
+    if source.ref.pad_to_30s:
+        raise EncoderError(f"{source.ref.source}: GLM-ASR has no 30 s window to pad to; leave pad_to_30s out")
+    config = tower_config(source.config, DEFAULTS)
+    if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
+        raise EncoderError(
+            f"{source.folder}: num_key_value_heads in config.json differs from num_attention_heads, "
+            "which this program does not run"
+        )
+    weights = weight_files(source.folder, PREFIXES[source.model_type])
+    spec = whisper_spec(source, {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}, weights)
+    width, wide = spec.hidden_size, spec.targets["fc1"].out_features
+    sizes = {"fc1": (width, wide), "fc2": (wide, width)}
+    targets = {name: LinearTarget(suffix, *sizes.get(name, (width, width))) for name, suffix in _SUFFIXES.items()}
+    return replace(spec, targets=targets, aliases=_ALIASES)
+
+
+def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
+    from tuner.encoders.glmasr_tower import load_glmasr
+
+    return load_glmasr(spec, dtype, device)
+
+
+FAMILIES = tuple(
+    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=WhisperFeatures)
+    for name, prefixes in PREFIXES.items()
+)

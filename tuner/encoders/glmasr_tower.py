@@ -1,0 +1,67 @@
+"""The audio tower of GLM-ASR in torch, truncated to the clip. A torch module.
+
+Shapes: B clips, T tokens of the longest clip, N tokens of all clips, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
+from tuner.encoders.glmasr import DEFAULTS, PREFIXES
+from tuner.encoders.packed import Packing, empty_tower
+from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.whisper_tower import WhisperAudioEncoder
+
+
+class GlmAsrTower(WhisperAudioEncoder):
+    """Transformers' GlmAsrEncoder behind the surface of `AudioEncoder`."""
+
+    def __init__(self, spec: EncoderSpec, tower: nn.Module) -> None:
+        super().__init__(spec, tower)
+        self._rotation: tuple[Packing, tuple[Tensor, Tensor]] | None = None
+
+    def add_positions(self, hidden_BTD: Tensor) -> Tensor:
+        """The states as they are: positions enter in the blocks."""
+        return hidden_BTD
+
+    def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
+        """States ND after block `index`; see `AudioEncoder.block`."""
+        tower: Any = self.tower
+        layer = tower.layers[index]
+        rotation = self._rotary(packing, hidden_ND)
+        return cast(Tensor, layer(hidden_ND[None], position_embeddings=rotation, attention_mask=packing)[0])
+
+    def final_norm(self, tokens_ND: Tensor) -> Tensor:
+        """The last layer norm."""
+        tower: Any = self.tower
+        return cast(Tensor, tower.norm(tokens_ND))
+
+    def _rotary(self, packing: Packing, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1, N, d] of the places of all tokens in their clips, kept for the next block."""
+        if self._rotation is None or self._rotation[0] is not packing:
+            tower: Any = self.tower
+            places_N = packing.join([torch.arange(length, device=self.device) for length in packing.lengths])
+            self._rotation = packing, tower.rotary_emb(hidden_ND, places_N[None])
+        return self._rotation[1]
+
+
+def load_glmasr(spec: EncoderSpec, dtype: torch.dtype, device: str) -> GlmAsrTower:
+    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+
+    Raises:
+        EncoderError: the weights are damaged or do not fit the configuration.
+    """
+    from transformers import GlmAsrEncoderConfig
+    from transformers.models.glmasr.modeling_glmasr import GlmAsrEncoder, GlmAsrRotaryEmbedding
+
+    fields = tower_config(read_json(spec.folder / "config.json"), DEFAULTS) | {"attention_dropout": 0.0}
+    config: Any = GlmAsrEncoderConfig(**fields)
+    tower: Any = empty_tower(GlmAsrEncoder, config)
+    load_strictly(tower, read_tensors(spec.folder, PREFIXES[spec.family], dtype, device), spec.folder)
+    # Its frequencies are computed, not read, so they are still on the meta device.
+    tower.rotary_emb = GlmAsrRotaryEmbedding(config).to(device)
+    return GlmAsrTower(spec, tower).eval()

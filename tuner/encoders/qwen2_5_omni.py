@@ -1,0 +1,59 @@
+"""The audio tower of Qwen2.5-Omni: facts from its configuration. No torch here.
+
+Whisper's encoder cut into windows of 2 s: convolutions, positions and attention all stay inside their window. It reads
+the real frames alone, so it has no padding to speak of. The tower comes inside the whole model (`qwen2_5_omni`), inside
+its thinker (`qwen2_5_omni_thinker`), of which nothing but the tower is read, or as a folder of its own
+(`qwen2_5_omni_audio_encoder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tuner.encoders.checkpoint import tower_config, weight_files
+from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.qwen2_audio import DEFAULTS, PAIRS
+from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.whisper import WhisperFeatures, whisper_spec
+from tuner.errors import EncoderError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tuner.encoders.base import AudioEncoder
+
+PREFIXES = {
+    "qwen2_5_omni": ("thinker.audio_tower.", "thinker.model.audio_tower."),
+    "qwen2_5_omni_thinker": ("audio_tower.", "model.audio_tower."),
+    "qwen2_5_omni_audio_encoder": ("",),
+}
+
+
+def omni_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the tower from a parsed `config.json`; the sizes are those of Qwen2-Audio."""
+    return tower_config(config.get("thinker_config", config), DEFAULTS)
+
+
+def inspect(source: EncoderSource) -> EncoderSpec:
+    """Facts of the tower.
+
+    Raises:
+        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
+    """
+    if source.ref.pad_to_30s:
+        raise EncoderError(f"{source.ref.source}: Qwen2.5-Omni has no 30 s window to pad to; leave pad_to_30s out")
+    weights = weight_files(source.folder, PREFIXES[source.model_type])
+    return whisper_spec(source, omni_config(source.config), weights, pooling_windows=(PAIRS,))
+
+
+def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
+    from tuner.encoders.qwen2_5_omni_tower import load_omni
+
+    return load_omni(spec, dtype, device)
+
+
+FAMILIES = tuple(
+    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=WhisperFeatures)
+    for name, prefixes in PREFIXES.items()
+)

@@ -1,0 +1,91 @@
+"""The audio tower of Qwen2.5-Omni in torch. A torch module.
+
+Shapes: B clips, C mel bins, F frames, K windows of a clip, T tokens of the longest clip, N tokens of all clips, D
+width.
+
+What comes out are the states behind the last layer norm, of width D. The tower's own `proj` into the space of the
+language model is left out, as Qwen2-Audio's projector is: a head of the adapter's own takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors
+from tuner.encoders.packed import Packing, empty_tower
+from tuner.encoders.qwen2_5_omni import PREFIXES, omni_config
+from tuner.encoders.qwen2_audio_tower import Qwen2AudioTower
+from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.whisper import STRIDE
+from tuner.encoders.whisper_tower import NO_DROPOUT
+
+
+class OmniTower(Qwen2AudioTower):
+    """Transformers' Qwen2_5OmniAudioEncoder behind the surface of `AudioEncoder`."""
+
+    @property
+    def _window(self) -> int:
+        tower: Any = self.tower
+        return int(tower.n_window)  # tokens
+
+    def packing(self, lengths: Sequence[int]) -> Packing:
+        """The packing of clips with these `sequence_lengths`; their windows attend apart."""
+        return Packing(lengths, self.dtype, self.device, self._window)
+
+    def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
+        """States BTD before block 0, zero behind each clip."""
+        clips = zip(features_BCF, frames_B.tolist(), strict=True)
+        return nn.utils.rnn.pad_sequence([self._stem_alone(clip_CF[:, :frames]) for clip_CF, frames in clips], True)
+
+    def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
+        """States ND after block `index`; see `AudioEncoder.block`."""
+        tower: Any = self.tower
+        # One span for the layer, which would call attention once a window; the packing knows the windows.
+        whole = torch.tensor([0, len(hidden_ND)])
+        return cast(Tensor, tower.layers[index](hidden_ND, cu_seqlens=whole, packing=packing)[0])
+
+    def final_norm(self, tokens_ND: Tensor) -> Tensor:
+        """The last layer norm."""
+        tower: Any = self.tower
+        return cast(Tensor, tower.ln_post(tokens_ND))
+
+    def _stem_alone(self, clip_CF: Tensor) -> Tensor:
+        """States TD of one clip's real frames, window by window."""
+        tower: Any = self.tower
+        channels, frames = clip_CF.shape
+        span = STRIDE * self._window
+        padded_CF = F.pad(clip_CF, (0, -frames % span))
+        windows_KCF = padded_CF.view(channels, -1, span).transpose(0, 1)
+        # The second convolution meets zeros behind the last frame, as it does at the end of a full window.
+        real_K1F = (torch.arange(padded_CF.shape[1], device=clip_CF.device) < frames).view(-1, 1, span)
+        hidden_KDF = F.gelu(tower.conv1(windows_KCF)) * real_K1F
+        hidden_KTD = F.gelu(tower.conv2(hidden_KDF)).transpose(1, 2)
+        placed_KTD: Tensor = hidden_KTD + tower.positional_embedding(self._window).to(hidden_KTD.dtype)
+        return placed_KTD.flatten(0, 1)[: self.spec.sequence_length(frames)]
+
+
+def load_omni(spec: EncoderSpec, dtype: torch.dtype, device: str) -> OmniTower:
+    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+
+    Raises:
+        EncoderError: the weights are damaged or do not fit the configuration.
+    """
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+        Qwen2_5OmniAudioEncoder,
+        SinusoidsPositionEmbedding,
+    )
+
+    fields = omni_config(read_json(spec.folder / "config.json"))
+    config = Qwen2_5OmniAudioEncoderConfig(**(fields | NO_DROPOUT))
+    tower: Any = empty_tower(Qwen2_5OmniAudioEncoder, config)
+    load_strictly(tower, read_tensors(spec.folder, PREFIXES[spec.family], dtype, device), spec.folder)
+    # Its sinusoids are computed, not read, so they are still on the meta device.
+    sinusoids: Any = SinusoidsPositionEmbedding
+    tower.positional_embedding = sinusoids(config.max_source_positions, config.d_model).to(device)
+    return OmniTower(spec, tower).eval()
