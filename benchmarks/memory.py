@@ -100,6 +100,8 @@ def label(process: psutil.Process) -> str:
         return program
     if "-m" in command[1:-1]:
         return command[command.index("-m") + 1]
+    if "-c" in command:
+        return f"{program} -c"
     return next((Path(part).name for part in command[1:] if not part.startswith("-")), program)
 
 

@@ -15,7 +15,7 @@ WIDTH = 120
 
 def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as plain text: first column to the left, numbers to the right; no cell is cut off."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
@@ -24,7 +24,7 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     text = StringIO()
     Console(file=text, width=WIDTH, color_system=None).print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    return "\n".join(lines).strip("\n") + "\n"
+    return "\n".join([title, "", *(line for line in lines if line), ""])
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
