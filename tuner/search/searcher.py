@@ -65,7 +65,8 @@ class StudySearcher(Searcher):
         extra: Mapping[str, Any],
         seed: int,
     ) -> None:
-        super().__init__(metric=objectives[0].metric, mode="max")
+        # No metric: Tune would end the whole search at a failed trial, whose result has none.
+        super().__init__()
         self.study, self.space, self.objectives = study, space, objectives
         self.trials, self.extra, self.seed = trials, dict(extra), seed
         self._numbers: dict[str, int] = {}

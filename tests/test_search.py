@@ -1,0 +1,433 @@
+"""Whole searches on the tiny store with a real embedded Ray, also killed, interrupted and extended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import optuna
+import optuna_dashboard
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from conftest import Tiny
+from optuna.trial import TrialState
+
+from tuner import cli
+from tuner.config import TrialConfig
+from tuner.encoders.registry import inspect_encoder
+from tuner.lora.placement import resolve_placement, trainable_parameters
+from tuner.pareto import pareto_front
+from tuner.train.export import read_card
+
+# Several searches share a fixture, and each starts a Ray of its own.
+pytestmark = pytest.mark.timeout(600)
+
+TRIALS = 4
+LONG = 20  # epochs of a trial that is to be caught in the middle
+STUDY = "study"
+PATIENCE = 180.0  # seconds for anything that a search does, on a busy machine
+# Prints what a driver has imported, after the command has ended as it would.
+SCRIPT = """
+import json, sys
+from tuner.cli import main
+try:
+    main()
+finally:
+    heavy = [name for name in ("torch", "transformers", "peft") if name in sys.modules]
+    print(json.dumps({"imported": heavy}), file=sys.stderr)
+"""
+
+
+@dataclass
+class Runs:
+    """A folder of studies, with a cache of its own, and drivers started on it one after another."""
+
+    folder: Path
+    tiny: Tiny
+
+    @property
+    def study(self) -> Path:
+        return self.folder / "runs" / STUDY
+
+    def new(self, *options: object) -> list[object]:
+        """Arguments of a new study."""
+        data = ["--data", self.tiny.store_folder, "--batch-size", 12, "--precision", "fp32"]
+        return [*data, "--objective", "recall@1", "--objective", "trainable_parameters", "--study", STUDY, *options]
+
+    @contextmanager
+    def driver(self, *options: object) -> Iterator[Driver]:
+        """A search in a process group of its own; whatever is left of it at the end is killed."""
+        command = [sys.executable, "-c", SCRIPT, "search", "--runs", "runs", "--no-dashboard", *map(str, options)]
+        environment = {**os.environ, "TUNER_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        driver = Driver(process, self.study)
+        try:
+            yield driver
+        finally:
+            driver.kill()
+
+    def finish(self, *options: object) -> Ended:
+        """Run a search to its end."""
+        with self.driver(*options) as driver:
+            ended = driver.wait()
+        assert ended.code == 0, ended
+        return ended
+
+    def journal(self) -> list[dict[str, Any]]:
+        return read_journal(self.study)
+
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """The study's trials, read as any Optuna program would."""
+        study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{self.study / 'study.db'}")
+        return study.trials
+
+    def front(self) -> dict[str, Any]:
+        front: dict[str, Any] = json.loads((self.study / "front.json").read_text())
+        return front
+
+    def states(self) -> dict[str, str]:
+        """How each trial ended according to `trials.parquet`."""
+        rows = pq.read_table(self.study / "trials.parquet").to_pylist()
+        return {row["trial"]: row["state"] for row in rows}
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Driver:
+    """A running `tuner search`."""
+
+    process: subprocess.Popen[str]
+    study: Path
+
+    def wait(self) -> Ended:
+        out, err = self.process.communicate(timeout=PATIENCE)
+        return Ended(self.process.returncode, out, err)
+
+    def until(self, reached: Callable[[list[tuple[str, int]]], bool]) -> list[tuple[str, int]]:
+        """Wait until the (trial, epoch) pairs in the journal satisfy `reached`; returns them."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            epochs = epochs_of(read_journal(self.study))
+            if reached(epochs):
+                return epochs
+            time.sleep(0.05)
+        raise AssertionError(f"the search did not get there: {self.process.poll()}, {read_journal(self.study)[-3:]}")
+
+    def descendants(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """SIGKILL, like a power cut for the driver and Ray's daemons; its workers notice and end."""
+        below = self.descendants()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+        _, left = psutil.wait_procs(below, timeout=30)
+        for process in left:
+            process.kill()
+
+
+def read_journal(study: Path) -> list[dict[str, Any]]:
+    """Whole lines only: a driver may be writing one now."""
+    path = study / "journal.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def epochs_of(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(event["trial"], event["row"]["epoch"]) for event in events if event["event"] == "epoch"]
+
+
+def settings_of(runs: Runs) -> list[dict[str, Any]]:
+    """The configurations of a study in the order of its trials."""
+    return [json.loads(trial.user_attrs["config"]) for trial in runs.trials()]
+
+
+# A search that nobody disturbs
+
+
+@dataclass
+class Search:
+    runs: Runs
+    ended: Ended
+
+
+@pytest.fixture(scope="module")
+def search(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Search:
+    runs = Runs(tmp_path_factory.mktemp("search"), tiny)
+    return Search(runs, runs.finish(*runs.new("--trials", TRIALS, "--epochs", 2, "--json")))
+
+
+def test_the_driver_imports_no_torch(search: Search) -> None:
+    assert json.loads(search.ended.err.splitlines()[-1]) == {"imported": []}
+
+
+def test_standard_output_is_for_programs(search: Search) -> None:
+    """With `--json`, every line is an event; nothing of Ray's or Optuna's gets in between, nor on standard error."""
+    events = [json.loads(line) for line in search.ended.out.splitlines()]
+    kinds = Counter(event["event"] for event in events)
+    assert kinds["epoch"] == 2 * TRIALS
+    assert "arning" not in search.ended.err
+    assert "on the front; report: " in search.ended.err
+
+
+def test_the_study_opens_in_optuna_and_its_dashboard(search: Search) -> None:
+    trials = search.runs.trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * TRIALS
+    app = optuna_dashboard.wsgi(f"sqlite:///{search.runs.study / 'study.db'}")
+    request: dict[str, Any] = {"PATH_INFO": "/api/studies"}
+    setup_testing_defaults(request)
+    status: list[str] = []
+    body = b"".join(app(request, lambda line, *_: status.append(line)))
+    assert status[0].startswith("200")
+    assert STUDY in body.decode()
+
+
+def test_the_table_has_a_row_for_each_trial_and_epoch(search: Search) -> None:
+    rows = pq.read_table(search.runs.study / "trials.parquet").to_pylist()
+    assert [(row["number"], row["epoch"]) for row in rows] == [(n, e) for n in range(TRIALS) for e in (1, 2)]
+    assert {row["state"] for row in rows} == {"complete"}
+    assert [row["origin"] for row in rows[::2]] == ["projection_only", "recommended", "sampled", "sampled"]
+    for row, trial in zip(rows[1::2], search.runs.trials(), strict=True):
+        assert [row["recall@1"], row["trainable_parameters"]] == trial.values
+        assert row["train_seconds"] > 0
+
+
+def test_the_front_says_everything(search: Search) -> None:
+    front = search.runs.front()
+    assert (front["study"], front["baseline"]) == (STUDY, "t0000")
+    goals = [("recall@1", "maximize"), ("trainable_parameters", "minimize")]
+    assert [(goal["metric"], goal["direction"]) for goal in front["objectives"]] == goals
+    spec = inspect_encoder(search.runs.tiny.encoder)
+    for point in front["points"]:
+        config = TrialConfig.model_validate(point["config"])
+        placement = resolve_placement(spec, config.lora) if config.lora else None
+        assert point["target_modules"] == (list(placement.modules) if placement else [])
+        assert point["lora_parameters"] == (placement.lora_parameters if placement else 0)
+        assert point["trainable_parameters"] == trainable_parameters(spec, config, 8)
+        for split in ("validation", "test"):
+            for side in ("audio_to_text", "text_to_audio"):
+                assert point[split][side].keys() == {"R@1", "R@5", "R@10", "mAP@10", "median_rank", "N"}
+        assert point["test"]["audio_to_text"]["N"] == 12
+        low, high = point["test"]["intervals"]["recall@1"]
+        assert 0 <= low <= point["test"]["recall@1"] <= high <= 1
+        paired = point["test_vs_baseline"]["recall@1"]
+        assert paired["difference"] == pytest.approx(point["test"]["recall@1"] - front["points"][0]["test"]["recall@1"])
+        assert (search.runs.study / point["adapter"] / "card.json").is_file()
+
+
+def test_the_front_is_the_front_of_the_study(search: Search) -> None:
+    """And holds the projection alone and the recommendation, on it or not."""
+    values = [trial.values for trial in search.runs.trials()]
+    best = {f"t{number:04d}" for number in pareto_front(values, ["maximize", "minimize"])}
+    points = {point["trial"]: point for point in search.runs.front()["points"]}
+    assert {trial for trial, point in points.items() if point["on_front"]} == best
+    assert points.keys() == best | {"t0000", "t0001"}
+    assert [points[trial]["origin"] for trial in ("t0000", "t0001")] == ["projection_only", "recommended"]
+    assert points["t0000"]["config"]["lora"] is None
+    assert points["t0001"]["config"]["lora"]["rank"] == 16
+
+
+def test_evaluating_an_exported_adapter_gives_the_front_exactly(
+    search: Search, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = search.runs.front()["points"]
+    assert points
+    for point in points:
+        for split in ("test", "validation"):
+            given = ["evaluate", search.runs.study / point["adapter"], "--data", search.runs.tiny.store_folder]
+            monkeypatch.setattr(sys, "argv", ["tuner", *map(str, given), "--split", split, "--json"])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert not ended.value.code
+            values = json.loads(capsys.readouterr().out)
+            del values["adapter"], values["split"]
+            if split == "validation":
+                del values["intervals"]
+            assert values == point[split]
+
+
+def test_the_validation_of_a_point_is_what_the_lane_measured(search: Search) -> None:
+    """The export lost nothing: the reloaded adapter has the recall that the trial was chosen for."""
+    told = {trial.number: trial.values[0] for trial in search.runs.trials()}
+    for point in search.runs.front()["points"]:
+        assert point["validation"]["recall@1"] == told[int(point["trial"][1:])]
+
+
+def test_the_report_is_there(search: Search) -> None:
+    page = (search.runs.study / "report.html").read_text()
+    assert STUDY in page
+    assert "t0001" in page
+
+
+def test_a_finished_study_leaves_no_temporary_files(search: Search) -> None:
+    left = [path for path in search.runs.study.rglob("*") if path.suffix in (".tmp", ".partial")]
+    assert left == []
+
+
+# A search whose worker and driver are killed
+
+
+@dataclass
+class Killed:
+    runs: Runs
+    at_worker: list[tuple[str, int]]  # (trial, epoch) pairs in the journal when the worker was killed
+    at_driver: list[dict[str, Any]]  # the journal when the driver was killed
+    done: list[int]  # trials that the study had as complete then
+    went_on: bool  # whether the search trained on after the worker's death
+
+
+@pytest.fixture(scope="module")
+def killed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """kill -9 of the lane's worker during t0001, kill -9 of the driver's group during t0002, then `--resume`."""
+    runs = Runs(tmp_path_factory.mktemp("killed"), tiny)
+    with runs.driver(*runs.new("--trials", TRIALS, "--epochs", LONG)) as driver:
+        at_worker = driver.until(lambda epochs: ("t0001", 3) in epochs)
+        (worker,) = (p for p in driver.descendants() if "RayTrainWorker" in " ".join(p.cmdline()))
+        worker.kill()
+        epochs = driver.until(lambda epochs: ("t0002", 3) in epochs)
+        driver.kill()
+    at_driver = runs.journal()
+    done = [trial.number for trial in runs.trials() if trial.state == TrialState.COMPLETE]
+    runs.finish("--resume", STUDY)
+    return Killed(runs, at_worker, at_driver, done, len(epochs) > len(at_worker))
+
+
+def test_a_dead_worker_stops_nothing(killed: Killed) -> None:
+    assert ("t0001", LONG) not in killed.at_worker, "the worker was killed in the middle of a trial"
+    assert killed.went_on
+    assert killed.runs.states() == {f"t{n:04d}": "complete" for n in range(TRIALS)}
+
+
+def test_a_resumed_study_ends_like_one_that_was_never_killed(killed: Killed, search: Search) -> None:
+    """The same configurations, each once, under the same numbers."""
+    assert settings_of(killed.runs) == settings_of(search.runs)
+    assert [trial.state for trial in killed.runs.trials()] == [TrialState.COMPLETE] * TRIALS
+    assert {point["trial"] for point in killed.runs.front()["points"]} >= {"t0000", "t0001"}
+
+
+def test_finished_trials_are_neither_lost_nor_repeated(killed: Killed) -> None:
+    assert killed.done == [0, 1]
+    before = [event for event in killed.at_driver if event["trial"] in ("t0000", "t0001")]
+    after = [event for event in killed.runs.journal() if event["trial"] in ("t0000", "t0001")]
+    assert after == before
+
+
+def test_each_epoch_is_in_the_journal_once(killed: Killed) -> None:
+    counted = Counter(epochs_of(killed.runs.journal()))
+    assert counted == {(f"t{n:04d}", epoch): 1 for n in range(TRIALS) for epoch in range(1, LONG + 1)}
+
+
+@pytest.mark.parametrize("trial", ["t0001", "t0002"])
+def test_interrupted_trials_go_on_from_their_last_epoch(killed: Killed, trial: str) -> None:
+    """What the checkpoint remembers of each epoch, its training time included, is what was told when it was first
+    trained. A trial that had started over would have other times."""
+    told = {
+        event["row"]["epoch"]: event["row"]
+        for event in killed.at_driver
+        if event["event"] == "epoch" and event["trial"] == trial
+    }
+    state = torch.load(killed.runs.study / "checkpoints" / f"{trial}.pt", weights_only=True)
+    assert len(state["history"]) == LONG
+    assert len(told) >= 3
+    for epoch, row in told.items():
+        remembered = state["history"][epoch - 1]
+        assert {key: remembered[key] for key in row} == row
+
+
+# A search with two workers a lane, interrupted, then extended
+
+
+@dataclass
+class Interrupted:
+    runs: Runs
+    ended: Ended
+    epochs: list[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    """Ctrl-C during t0001 of two trials; resumed for four, of which the sampled ones cannot learn."""
+    runs = Runs(tmp_path_factory.mktemp("interrupted"), tiny)
+    space = {
+        "name": "absurd",
+        "description": "Learning rates that end in NaN.",
+        "target_sets": {"attention": ["q_proj", "v_proj"]},
+        "fixed": {"optim.lora_lr": 1e30},
+        "dimensions": {"lora.rank": {"int": [2, 8]}, "lora.targets": {"choice": ["attention", "q_proj"]}},
+    }
+    (runs.folder / "absurd.yaml").write_text(yaml.safe_dump(space))
+    options = runs.new("--space", "absurd.yaml", "--trials", 2, "--epochs", LONG, "--workers", 2)
+    with runs.driver(*options) as driver:
+        driver.until(lambda epochs: ("t0001", 2) in epochs)
+        os.killpg(driver.process.pid, signal.SIGINT)
+        ended = driver.wait()
+    epochs = epochs_of(runs.journal())
+    runs.finish("--resume", STUDY, "--trials", 4, "--workers", 2)
+    return Interrupted(runs, ended, epochs)
+
+
+def test_an_interrupt_says_how_to_go_on(interrupted: Interrupted) -> None:
+    assert interrupted.ended.code == 130
+    said = [line for line in interrupted.ended.err.splitlines() if line.startswith("tuner: ")]
+    assert len(said) == 1
+    assert f"`tuner search --resume {STUDY} --runs runs`" in said[0]
+    assert "Traceback" not in interrupted.ended.err
+    assert ("t0001", LONG) not in interrupted.epochs, "it was interrupted in the middle of a trial"
+
+
+def test_an_interrupted_search_goes_on_and_can_be_extended(interrupted: Interrupted) -> None:
+    states = [trial.state for trial in interrupted.runs.trials()]
+    assert states == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
+    counted = Counter(epochs_of(interrupted.runs.journal()))
+    assert counted == {(f"t{n:04d}", epoch): 1 for n in range(2) for epoch in range(1, LONG + 1)}
+    assert set(interrupted.epochs) <= counted.keys()
+    record = json.loads((interrupted.runs.study / "study.json").read_text())
+    assert record["trials"] == 4
+
+
+def test_a_nan_ends_its_trial_with_a_reason_and_nothing_else(interrupted: Interrupted) -> None:
+    rows = pq.read_table(interrupted.runs.study / "trials.parquet").to_pylist()
+    failed = {row["trial"]: row["reason"] for row in rows if row["state"] == "failed"}
+    assert failed.keys() == {"t0002", "t0003"}
+    assert all("loss became nan" in reason for reason in failed.values())
+    assert {point["trial"] for point in interrupted.runs.front()["points"]} == {"t0000", "t0001"}
+
+
+def test_a_lane_of_two_workers_exports_what_it_trained(interrupted: Interrupted) -> None:
+    """Rank 0's files hold the pack that both ranks trained: they measure what the lane measured."""
+    told = {trial.number: trial.values for trial in interrupted.runs.trials() if trial.values}
+    for point in interrupted.runs.front()["points"]:
+        card = read_card(interrupted.runs.study / point["adapter"])
+        assert [point["validation"]["recall@1"], card.trainable_parameters] == told[int(point["trial"][1:])]
