@@ -38,7 +38,7 @@ check: install
 	$(BIN)/lint-imports
 
 bench: install
-	$(BIN)/python benchmarks/search_speed.py
+	$(BIN)/python -m benchmarks.search_speed
 
 lock:
 	$(BIN)/python -m pip install --quiet uv

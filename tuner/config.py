@@ -79,8 +79,10 @@ class HeadSpec(Frozen):
 class OptimSpec(Frozen):
     """AdamW with linear warm-up and cosine decay to zero; one learning rate for LoRA, one for head and logit scale."""
 
-    lora_lr: float = Field(default=1e-3, gt=0)
-    head_lr: float = Field(default=1e-3, gt=0)
+    # A head from scratch needs far larger steps than adapters of a pretrained encoder: at 1e-3 the projection alone
+    # looks weak, and LoRA's worth is overstated (docs/log.md).
+    lora_lr: float = Field(default=2e-3, gt=0)
+    head_lr: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of all steps spent warming up")
     max_grad_norm: float = Field(

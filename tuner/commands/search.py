@@ -17,7 +17,7 @@ METRICS = tuple(
     + [f"{way}_{name}" for way in ("audio_to_text", "text_to_audio") for name in ("R@1", "R@5", "R@10", "mAP@10")]
 )
 PARAMETERS = "trainable_parameters"
-DEFAULT_TRIALS = 12
+DEFAULT_TRIALS = 8
 INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 
 
@@ -34,8 +34,8 @@ def search(
     trials: Annotated[
         int | None, typer.Option(min=1, help=f"total number of trials of the study  [default: {DEFAULT_TRIALS}]")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 5,
-    batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = 128,
+    epochs: Annotated[int, typer.Option(min=1, help="of each trial")] = 3,
+    batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = 64,
     study: Annotated[str | None, typer.Option(help="name of the study; default: the space's, numbered")] = None,
     resume: Annotated[str | None, typer.Option(help="go on with this study; a larger --trials extends it")] = None,
     runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),

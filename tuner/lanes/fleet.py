@@ -21,8 +21,8 @@ HEAD_NODE = {"node:__internal_head__": 0.001}
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
 STOP_SECONDS = 20.0
-# Training meets many matrix shapes. oneDNN keeps what it made for 1,024 of them and each thread keeps a heap of its own:
-# together 600 MB more after a few epochs than with these, for no measurable speed.
+# Training meets many matrix shapes. oneDNN keeps what it made for 1,024 of them, and each thread keeps a heap of its
+# own: together 600 MB more after a few epochs than with these, for no measurable speed.
 LEAN_MEMORY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "MALLOC_ARENA_MAX": "1"}
 
 

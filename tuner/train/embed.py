@@ -111,6 +111,9 @@ class _Reader:
                 self.rejects.append((path, " ".join(filter(None, (error.reason, error.detail)))))
                 continue
             features, count = self.extractor.extract(resample(recording, self.spec.sampling_rate))
+            if self.spec.token_length(count) < 1:
+                self.rejects.append((path, "too short for this encoder"))
+                continue
             usable.append(path)
             seconds.append(recording.seconds)
             maps.append(features)
