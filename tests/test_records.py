@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tuner.config import LoraSpec, TrialConfig
+from tuner.config import LoraSpec, OptimSpec, TrialConfig
 from tuner.errors import StudyError
 from tuner.report.run import read_run
 from tuner.search.records import JOURNAL_FILE, TRIALS_FILE, Journal, flat_config, read_study, write_json
@@ -149,7 +149,7 @@ def test_the_projection_alone_has_no_lora_columns() -> None:
     flat = flat_config(TrialConfig())
     lora = {key: value for key, value in flat.items() if key.startswith("lora")}
     assert lora == {f"lora.{field}": None for field in LoraSpec.model_fields}
-    assert flat["optim.head_lr"] == 1e-3
+    assert flat["optim.head_lr"] == OptimSpec().head_lr
     assert flat_config(TrialConfig.model_validate(LORA)).keys() == flat.keys()
 
 

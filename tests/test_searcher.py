@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from tuner.config import LoraSpec, TrialConfig
+from tuner.config import LoraSpec, OptimSpec, TrialConfig
 from tuner.search import searcher as module
 from tuner.search.confirm import BASELINE, RECOMMENDED
 from tuner.search.searcher import Objective, StudySearcher
@@ -48,7 +48,7 @@ def result_of(suggestion: dict[str, Any]) -> dict[str, Any]:
     """What a trial of this configuration would report at its end: a smooth function of it."""
     config = TrialConfig.model_validate(suggestion["config"])
     rank = config.lora.rank if config.lora else 0
-    recall = 0.4 + 0.05 * math.log1p(rank) - 0.1 * abs(math.log(config.optim.lora_lr / 1e-3))
+    recall = 0.4 + 0.05 * math.log1p(rank) - 0.1 * abs(math.log(config.optim.lora_lr / OptimSpec().lora_lr))
     return {"recall@10": recall, PARAMETERS: 1000 + 10 * rank, "final": True}
 
 
