@@ -47,7 +47,9 @@ def search(
     precision: Annotated[str, typer.Option(help="of the frozen encoder: auto, bf16 or fp32")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="of sampler, initialisation, dropout and batches")] = 0,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use; default: Ray inside this process")] = None,
-    dashboard: Annotated[bool, typer.Option(help="start the Ray dashboard with the embedded Ray")] = True,
+    dashboard: Annotated[
+        bool, typer.Option(help="start the Ray dashboard too, with the embedded Ray (400 MB)")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="events as JSON lines on standard output")] = False,
 ) -> None:
     """Search LoRA configurations; the result is a front of recall against trainable parameters."""

@@ -39,7 +39,7 @@ class SearchRequest:
     trials: int = 16
     seed: int = 0
     address: str | None = None
-    dashboard: bool = True
+    dashboard: bool = False
     fleet: FleetOptions = field(default_factory=FleetOptions)
 
     @property

@@ -132,7 +132,9 @@ def open_prefix(
         if not manifest.exists():
             folder.mkdir(exist_ok=True)
             try:
-                _fill(folder / TOKENS_FILE, LivePrefix(encoder, store, depth), tokens_per_forward, progress)
+                # A store of its own: the features are read once, and their mapped pages go with it.
+                features = Store.open(store.folder)
+                _fill(folder / TOKENS_FILE, LivePrefix(encoder, features, depth), tokens_per_forward, progress)
                 staged = manifest.with_suffix(".tmp")
                 staged.write_text(json.dumps({"format": FORMAT, "store": store.fingerprint, "depth": depth}))
                 staged.replace(manifest)
