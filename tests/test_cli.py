@@ -273,8 +273,9 @@ def test_an_unknown_number_format(terminal: Terminal, tiny: Tiny) -> None:
 def test_a_study_that_exists_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -> None:
     (terminal.folder / "runs" / "mine").mkdir(parents=True)
     (terminal.folder / "runs" / "mine" / "study.json").write_text("{}")
-    message = terminal.refused("search", "--data", tiny.store_folder, "--study", "mine")
-    assert "--resume mine" in message
+    # Whatever the data: nothing is prepared for a study that cannot start.
+    for data in (tiny.store_folder, "nowhere.jsonl"):
+        assert "--resume mine" in terminal.refused("search", "--data", data, "--study", "mine")
 
 
 @pytest.mark.parametrize("command", ["search --resume lost", "report lost"])
