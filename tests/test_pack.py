@@ -1,4 +1,4 @@
-"""The pack loop: an adapter in a pack equals the adapter alone, caches equal the live encoder, resuming equals going on."""
+"""The pack loop: an adapter in a pack equals the adapter alone, caches equal the live encoder, resuming equals going."""
 
 from __future__ import annotations
 
