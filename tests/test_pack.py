@@ -1,4 +1,4 @@
-"""The pack loop: an adapter in a pack equals the adapter alone, caches equal the live encoder, resuming equals going."""
+"""The pack loop: an adapter in a pack equals it alone, caches equal the live encoder, resuming equals going on."""
 
 from __future__ import annotations
 
