@@ -25,9 +25,12 @@ STARTS_PER_LANE = 4
 
 @dataclass(frozen=True)
 class Update:
-    """Answer to a waiting trial: `epoch` with its row, `failed` with a reason, `wait`, or `unknown` lease."""
+    """Answer to a waiting trial: `epoch` with its row, `failed` with a reason, `wait`, or `unknown` lease.
 
-    kind: Literal["epoch", "failed", "wait", "unknown"]
+    `fatal` says that no trial can be trained, and is no fault of this one: a resumed study trains it again.
+    """
+
+    kind: Literal["epoch", "failed", "fatal", "wait", "unknown"]
     row: Row | None = None
     reason: str | None = None
 
@@ -97,8 +100,10 @@ class Coordinator:
                 job.seen = time.monotonic()
                 if cursor < len(job.rows):
                     return Update("epoch", row=job.rows[cursor])
-                if self._fatal or job.reason:
-                    return Update("failed", reason=self._fatal or job.reason)
+                if self._fatal:
+                    return Update("fatal", reason=self._fatal)
+                if job.reason:
+                    return Update("failed", reason=job.reason)
                 if not await self._wait(deadline):
                     return Update("wait")
 

@@ -51,11 +51,6 @@ class Fleet:
         """How many adapters train at once."""
         return self.lanes * self.capacity
 
-    def failure(self) -> str | None:
-        """Why no trial can be trained, if so."""
-        reason: str | None = ray.get(self.coordinator.failure.remote())
-        return reason
-
 
 @contextmanager
 def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
@@ -127,7 +122,9 @@ def fleet(
     )
     names = [f"tuner-lane:{study}:{index}" for index in range(lanes)]
     hosts: list[Any] = [
-        ray.remote(LaneHost).options(num_cpus=0, name=lane, max_restarts=-1, resources=HEAD_NODE).remote()
+        ray.remote(LaneHost)
+        .options(num_cpus=0, name=lane, max_restarts=-1, max_task_retries=-1, resources=HEAD_NODE)
+        .remote()
         for lane in names
     ]
     runs = [

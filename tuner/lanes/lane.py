@@ -66,7 +66,13 @@ class LaneHost:
                 failure_config=FailureConfig(max_failures=-1),
             ),
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Exception as error:
+            # Otherwise the trials of this lane would wait for ever.
+            coordinator = ray.get_actor(config.coordinator)
+            ray.get(coordinator.fatal.remote(f"{config.lane} ended: {' '.join(str(error).split())[:300]}"))
+            raise
 
 
 def join_group(rank: int, world: int, use_gpu: bool) -> None:
@@ -200,7 +206,12 @@ class LaneWorker:
         }
         member.history.append({**row, "validation_seconds": time.perf_counter() - started, **counts, **metrics})
         if self.rank == 0:
-            member.save(self._checkpoint(trial))
+            path = self._checkpoint(trial)
+            try:
+                member.save(path)
+            except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+                self.tell("fatal", f"{path}: the checkpoint cannot be written ({_reason(error)}); free disk space")
+                return
         self.tell("report", trial, member.history)
 
     def _give_up(self, trial: str, reason: str) -> None:
@@ -234,6 +245,6 @@ def checkpoint_path(run_dir: Path, trial: str) -> Path:
     return run_dir / "checkpoints" / f"{trial}.pt"
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """First line of an error inside a training step; CUDA's out-of-memory says so itself."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -42,8 +42,8 @@ class TrialClient(tune.Trainable):
                 self._cursor += 1
                 final = update.row["epoch"] >= self.config["epochs"]
                 return {**update.row, "trial": trial, "final": final, "done": final}
-            if update.kind == "failed":
-                return {"trial": trial, "failed": update.reason, "final": False, "done": True}
+            if update.kind in ("failed", "fatal"):
+                return {"trial": trial, update.kind: update.reason, "final": False, "done": True}
             if update.kind == "unknown":
                 self._lease = None
 

@@ -21,7 +21,6 @@ class Recorder(tune.Callback):
     Args:
         parameters: exact trainable parameters of a configuration, known before it trains.
         first_epoch: called once, when the first epoch of this run has been reported.
-        failure: asked after a failed trial: why no trial at all can be trained, if so.
     """
 
     def __init__(
@@ -31,10 +30,9 @@ class Recorder(tune.Callback):
         metric: str,
         parameters: Callable[[dict[str, Any]], int],
         first_epoch: Callable[[], None],
-        failure: Callable[[], str | None],
     ) -> None:
         self.journal, self.view, self.metric = journal, view, metric
-        self.parameters, self.first_epoch, self.failure = parameters, first_epoch, failure
+        self.parameters, self.first_epoch = parameters, first_epoch
         self.fatal: str | None = None
         self._ended: set[str] = set()
         self._seen_epoch = False
@@ -54,7 +52,7 @@ class Recorder(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Note an epoch, unless a resumed trial is only telling its past again."""
-        if result.get("failed"):
+        if result.get("failed") or result.get("fatal"):
             return
         if not self._seen_epoch:
             self._seen_epoch = True
@@ -97,9 +95,10 @@ class Recorder(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note how it ended: complete, failed with its reason, or stopped by the scheduler."""
         result = trial.last_result or {}
-        if result.get("failed"):
+        if result.get("fatal"):
+            self.fatal = result["fatal"]
+        elif result.get("failed"):
             self._end(trial, "failed", result["failed"])
-            self.fatal = self.fatal or self.failure()
         else:
             self._end(trial, "complete" if result.get("final") else "stopped", None)
 

@@ -136,7 +136,6 @@ class _Search:
             request.metric,
             self._parameters,
             lambda: self._note_precision(lanes),
-            lanes.failure,
         )
         recorder.replay(request.settings.epochs)
         # Our own journal and view take the place of Tune's loggers and tables; the database that of its snapshots.
@@ -150,6 +149,7 @@ class _Search:
                 num_samples=searcher.remaining,
                 max_concurrent_trials=lanes.slots,
                 reuse_actors=True,
+                trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
                 name="tune",

@@ -144,9 +144,12 @@ class StudySearcher(Searcher):
         """Epochs are kept by the recorder; Optuna allows no intermediate values with several objectives."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study: COMPLETE only for a trial that ran to its end, PRUNED for a stopped one, else FAIL."""
+        """Tell the study: COMPLETE only for a trial that ran to its end, PRUNED for a stopped one, else FAIL.
+
+        A trial that met a fatal failure of the whole search stays RUNNING, so that resuming trains it.
+        """
         number = self._numbers.pop(trial_id, None)
-        if number is None:
+        if number is None or (result or {}).get("fatal"):
             return
         values = [float((result or {}).get(objective.metric, math.nan)) for objective in self.objectives]
         if error or result is None or result.get("failed") or not all(map(math.isfinite, values)):
