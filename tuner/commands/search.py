@@ -17,7 +17,7 @@ METRICS = tuple(
     + [f"{way}_{name}" for way in ("audio_to_text", "text_to_audio") for name in ("R@1", "R@5", "R@10", "mAP@10")]
 )
 PARAMETERS = "trainable_parameters"
-DEFAULT_TRIALS = 8
+DEFAULT_TRIALS = 7
 INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 
 
