@@ -232,7 +232,7 @@ def test_a_lane_that_never_works_ends_the_search() -> None:
         await coordinator.register("lane", "one too many", "fp32")
         reason = await coordinator.failure()
         assert f"died {STARTS_PER_LANE} times" in str(reason)
-        assert (await coordinator.next("t0", lease, 0, 0)) == Update("failed", reason=reason)
+        assert (await coordinator.next("t0", lease, 0, 0)) == Update("fatal", reason=reason)
         assert (await coordinator.poll("lane", [], 1, LONG)).stop
 
     drive(scenario)
@@ -244,7 +244,7 @@ def test_a_fatal_reason_reaches_every_trial_and_the_first_one_counts() -> None:
         await coordinator.fatal("no weights")
         await coordinator.fatal("something that followed from it")
         for trial, lease in leases.items():
-            assert await coordinator.next(trial, lease, 0, LONG) == Update("failed", reason="no weights")
+            assert await coordinator.next(trial, lease, 0, LONG) == Update("fatal", reason="no weights")
 
     drive(scenario)
 

@@ -257,3 +257,12 @@ def test_tune_pickles_nothing_of_the_searcher(tmp_path: Path) -> None:
     """Tune snapshots its searcher, but the study's database is the state and grows with every trial."""
     searcher = Bench(tmp_path).searcher()
     assert vars(pickle.loads(pickle.dumps(searcher))) == {}
+
+
+def test_a_failure_of_the_whole_search_leaves_its_trial_to_be_resumed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    first = bench.searcher()
+    suggestion = first.suggest("tune-0")
+    first.on_trial_complete("tune-0", {"fatal": "the disk is full", "final": False})
+    assert bench.study().trials[0].state == TrialState.RUNNING
+    assert bench.searcher().suggest("tune-1") == suggestion
