@@ -54,13 +54,14 @@ MATMUL_SECONDS = 1.0
 def training_flops(spec: EncoderSpec, lora: LoraSpec, lengths: Sequence[int]) -> int:
     """Operations of forward and backward through the adapted blocks for clips of these lengths in tokens."""
     placement = resolve_placement(spec, lora)
+    (stage,) = spec.stages
     assert set(placement.targets) == ATTENTION, "the formula is that of adapters on all four attention projections"
     tokens = sum(lengths)
-    frozen = sum(2 * linear.in_features * linear.out_features for linear in spec.targets.values())
-    adapters = sum(2 * lora.rank * (t.in_features + t.out_features) for t in map(spec.targets.get, ATTENTION) if t)
+    frozen = sum(2 * linear.in_features * linear.out_features for linear in stage.targets.values())
+    adapters = sum(2 * lora.rank * (t.in_features + t.out_features) for t in map(stage.targets.get, ATTENTION) if t)
     attention = 4 * spec.hidden_size * sum(length**2 for length in lengths)
     block = tokens * (2 * frozen + 3 * adapters) + 3 * attention
-    reading = [spec.targets[name] for name in INPUTS]
+    reading = [stage.targets[name] for name in INPUTS]
     unneeded = sum(2 * t.in_features * t.out_features + 2 * lora.rank * t.in_features for t in reading)
     return len(placement.layers) * block - tokens * unneeded
 

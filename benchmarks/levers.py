@@ -30,13 +30,13 @@ from tuner.config import EncoderRef, LoraSpec, Precision, RunSettings, TrialConf
 from tuner.data.audio import decode, resample
 from tuner.data.prepare import prepare
 from tuner.data.store import Store
-from tuner.encoders.base import AudioEncoder, real_token_mask
+from tuner.encoders.base import AudioEncoder, Hidden, real_token_mask
 from tuner.encoders.packed import Group, Packing
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.errors import TrialFailed
 from tuner.train.pack import Pack, PackContext
 from tuner.train.precision import dtype_of
-from tuner.train.prefix import FeatureSource, Hidden, LivePrefix, Prefix, frame_counts
+from tuner.train.prefix import FeatureSource, LivePrefix, Prefix, frame_counts
 
 RECOMMENDED = LoraSpec(rank=16, alpha_ratio=2.0, dropout=0.1, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
 # Fast epochs are repeated, since the first one compiles kernels and touches cold pages; a padded one takes minutes.

@@ -86,7 +86,7 @@ def folder_with(path: Path, content: bytes) -> EncoderRef:
 def test_reads_back_what_the_converter_writes(tower: WhisperEncoder, tmp_path: Path, dtype: str) -> None:
     spec = inspect_encoder(folder_with(tmp_path, model_bin(converted(tower, dtype))))
     assert (spec.checkpoint, spec.num_layers, spec.hidden_size, spec.feature_channels) == ("ctranslate2", 2, 32, 8)
-    assert (spec.max_frames, spec.targets["fc1"].out_features) == (80, 48)
+    assert (spec.max_frames, spec.stages[0].targets["fc1"].out_features) == (80, 48)
     encoder = load_encoder(spec, torch.float32)
     assert encoder.tower.layers[0].self_attn.num_heads == 2
     loaded = encoder.tower.state_dict()

@@ -432,7 +432,7 @@ def test_plain_whisper_model_is_the_same_family(tmp_path: Path) -> None:
     WhisperModel(SMALL).save_pretrained(tmp_path)
     spec = inspect(tmp_path)
     assert (spec.family, spec.num_layers, spec.hidden_size, spec.max_seconds) == ("whisper", 3, 32, 30.0)
-    assert {name: (t.in_features, t.out_features) for name, t in spec.targets.items()} == {
+    assert {name: (t.in_features, t.out_features) for name, t in spec.stages[0].targets.items()} == {
         "q_proj": (32, 32),
         "k_proj": (32, 32),
         "v_proj": (32, 32),

@@ -355,14 +355,16 @@ def test_features_are_stored_as_channels_by_frames(made: Made) -> None:
 def test_names_of_the_shipped_spaces_resolve(made: Made) -> None:
     """By layer, path and count, against the modules that are really there."""
     spec, lora = made.spec, LoraSpec(rank=3, targets=ALL)
-    assert tuple(spec.targets) == made.case.targets
+    (stage,) = spec.stages
+    assert tuple(stage.targets) == made.case.targets
     placement = resolve_placement(spec, lora)
     assert placement == resolve_placement(spec, LoraSpec(rank=3, targets=made.case.targets))
     # An adapter's configuration from one family is a space's input for another: both names of the output projection.
     assert resolve_placement(spec, LoraSpec(rank=3, targets=("o_proj",))) == resolve_placement(
         spec, LoraSpec(rank=3, targets=("out_proj",))
     )
-    assert set(spec.aliases.values()) <= set(spec.targets) and not set(spec.aliases) & set(spec.targets)
+    aliased = {name for names in stage.aliases.values() for name in names}
+    assert aliased <= set(stage.targets) and not set(stage.aliases) & set(stage.targets)
     linears = {
         path: module
         for path, module in made.tower.named_modules()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +29,15 @@ def shortened(length_B: Tensor, windows: Sequence[Window]) -> Tensor:
 def real_token_mask(lengths_B: Tensor, tokens: int) -> Tensor:
     """Mask BT, true on the first `lengths_B[b]` of `tokens` places."""
     return torch.arange(tokens, device=lengths_B.device) < lengths_B.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Clips on their way through the encoder."""
+
+    states_ND: Tensor
+    packing: Packing
+    frames_B: Tensor  # real feature frames of each clip, on the CPU
 
 
 class AudioEncoder(nn.Module, ABC):
@@ -58,12 +68,12 @@ class AudioEncoder(nn.Module, ABC):
 
     def token_lengths(self, frames_B: Tensor) -> Tensor:
         """Output tokens of each clip for its real frames, int64: what pooling averages. See `spec.token_length`."""
-        return shortened(frames_B, (*self.spec.stem_windows, *self.spec.pooling_windows))
+        return shortened(frames_B, (*self.spec.windows(self.spec.num_layers), *self.spec.pooling_windows))
 
-    def sequence_lengths(self, frames_B: Tensor) -> Tensor:
-        """Tokens that pass through the blocks for each clip, int64. See `spec.sequence_length`."""
+    def sequence_lengths(self, frames_B: Tensor, depth: int = 0) -> Tensor:
+        """Tokens of each clip that enter block `depth`, int64. See `spec.sequence_length`."""
         frames_B = torch.full_like(frames_B, self.spec.max_frames) if self.spec.pad_to_30s else frames_B
-        return shortened(frames_B, self.spec.stem_windows)
+        return shortened(frames_B, self.spec.windows(depth))
 
     @abstractmethod
     def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:
@@ -76,13 +86,33 @@ class AudioEncoder(nn.Module, ABC):
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
         """States BTD before block 0: convolutions and positions. `frames_B` counts the real frames of each clip."""
 
-    def packing(self, lengths: Sequence[int]) -> Packing:
-        """The packing of clips with these `sequence_lengths`, for `block` and `finish`."""
+    def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
+        """The packing of clips with these `sequence_lengths` at block `depth`, for `block` and `finish`."""
         return Packing(lengths, self.dtype, self.device)
+
+    def begin(self, features_BCF: Tensor, frames_B: Tensor) -> Hidden:
+        """What enters block 0, from a batch of `pad_features`."""
+        packing = self.packing(self.sequence_lengths(frames_B).tolist())
+        return Hidden(packing.join_batch(self.stem(features_BCF, frames_B.to(self.device))), packing, frames_B)
+
+    def advance(self, hidden: Hidden, start: int, stop: int) -> Hidden:
+        """From what enters block `start` to what enters block `stop`, or leaves the last one."""
+        for depth in range(start, stop):
+            hidden = replace(hidden, states_ND=self.block(depth, hidden.states_ND, hidden.packing))
+            stage = self.spec.stage_at(depth + 1)
+            if stage != self.spec.stage_at(depth):
+                hidden = self.enter_stage(stage, hidden)
+        return hidden
+
+    def enter_stage(self, stage: int, hidden: Hidden) -> Hidden:
+        """What left the stage before, as the first block of `stage` reads it: merged, widened, packed anew."""
+        raise NotImplementedError(f"{type(self).__name__} has no way into stage {stage}")
 
     @abstractmethod
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`, of all clips end to end; each clip attends to its own tokens alone.
+
+        `packing` is that of the block's stage.
 
         An encoder padded to 30 s attends to a clip's padding too, as it was trained to.
         """
@@ -97,11 +127,7 @@ class AudioEncoder(nn.Module, ABC):
 
     def forward(self, features_BCF: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Output states BTD of a batch, zero behind each clip, and the mask BT of real tokens to pool over."""
-        lengths = self.sequence_lengths(frames_B).tolist()
-        packing = self.packing(lengths)
-        hidden_ND = packing.join_batch(self.stem(features_BCF, frames_B))
-        for index in range(self.spec.num_layers):
-            hidden_ND = self.block(index, hidden_ND, packing)
-        output_ND, output_lengths = self.finish(hidden_ND, packing, frames_B)
+        hidden = self.advance(self.begin(features_BCF, frames_B), 0, self.spec.num_layers)
+        output_ND, output_lengths = self.finish(hidden.states_ND, hidden.packing, hidden.frames_B)
         output_BTD = unpack(output_ND, output_lengths)
         return output_BTD, real_token_mask(torch.tensor(output_lengths, device=self.device), output_BTD.shape[1])

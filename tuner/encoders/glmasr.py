@@ -48,12 +48,12 @@ _SUFFIXES = {
     "fc2": "mlp.fc2",
 }
 _ALIASES = {
-    "out_proj": "o_proj",
-    "query": "q_proj",
-    "key": "k_proj",
-    "value": "v_proj",
-    "up_proj": "fc1",
-    "down_proj": "fc2",
+    "out_proj": ("o_proj",),
+    "query": ("q_proj",),
+    "key": ("k_proj",),
+    "value": ("v_proj",),
+    "up_proj": ("fc1",),
+    "down_proj": ("fc2",),
 }
 
 
@@ -73,10 +73,11 @@ def inspect(source: EncoderSource) -> EncoderSpec:
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
     spec = whisper_spec(source, {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}, weights)
-    width, wide = spec.hidden_size, spec.targets["fc1"].out_features
+    (stage,) = spec.stages
+    width, wide = stage.width, stage.targets["fc1"].out_features
     sizes = {"fc1": (width, wide), "fc2": (wide, width)}
     targets = {name: LinearTarget(suffix, *sizes.get(name, (width, width))) for name, suffix in _SUFFIXES.items()}
-    return replace(spec, targets=targets, aliases=_ALIASES)
+    return replace(spec, stages=(replace(stage, targets=targets, aliases=_ALIASES),))
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:

@@ -33,7 +33,7 @@ class OmniTower(Qwen2AudioTower):
         tower: Any = self.tower
         return int(tower.n_window)  # tokens
 
-    def packing(self, lengths: Sequence[int]) -> Packing:
+    def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
         """The packing of clips with these `sequence_lengths`; their windows attend apart."""
         return Packing(lengths, self.dtype, self.device, self._window)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 CheckpointKind = Literal["transformers", "ctranslate2"]
+Part = Literal["tower", "language_model"]  # of a model that hears: its audio tower, and what reads behind it
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,35 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Neighbouring blocks of one width on sequences of one length; an encoder is one stage or several in a row.
+
+    `targets` maps the family's own short names (`q_proj`, `out_proj`, `fc1`, ...) to linear layers of a block;
+    `aliases` maps other families' names (`o_proj`) to one or several of those. Block i of the stage lives at
+    `block_path.format(i)` below the root of the adapters. `windows` shorten the sequence on the way into the first
+    block of the stage; what shortens frames to the tokens of the first stage are the `stem_windows` of the encoder.
+    """
+
+    block_path: str
+    layers: int
+    width: int
+    targets: Mapping[str, LinearTarget]
+    aliases: Mapping[str, tuple[str, ...]]
+    windows: tuple[Window, ...] = ()
+    part: Part = "tower"
+
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the blocks of this stage below the root of the adapters."""
+        return tuple(self.block_path.format(index) for index in range(self.layers))
+
+
+@dataclass(frozen=True)
 class EncoderSpec:
     """Facts of one audio encoder, read from its configuration file.
 
-    `targets` maps the family's own short names (`q_proj`, `out_proj`, `fc1`, ...) to linear layers of a block;
-    `aliases` maps other families' names (`o_proj`) to those. Block i lives at `block_path.format(i)` below the tower.
-    `stem_windows` shorten frames to the tokens of the blocks, `pooling_windows` those to the tokens of the output.
+    Blocks are counted through all stages: depth 0 is what enters the first block, depth `num_layers` what leaves the
+    last. `stem_windows` shorten frames to the tokens of the first block, `pooling_windows` those of the last to the
+    tokens of the output.
     """
 
     family: str
@@ -46,28 +71,57 @@ class EncoderSpec:
     checkpoint: CheckpointKind
     pad_to_30s: bool
     fingerprint: str  # of configuration, weights and pad_to_30s: the key of every cache below the encoder
-    num_layers: int
-    hidden_size: int
     sampling_rate: int  # Hz
     feature_channels: int  # mel bins; 1 where the encoder reads the waveform
     max_frames: int
     max_seconds: float
-    block_path: str
-    targets: Mapping[str, LinearTarget]
-    aliases: Mapping[str, str]
+    stages: tuple[Stage, ...]
     stem_windows: tuple[Window, ...]
     pooling_windows: tuple[Window, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of all stages."""
+        return sum(stage.layers for stage in self.stages)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the output tokens: what is pooled and enters the head."""
+        return self.stages[-1].width
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of all blocks below the root of the adapters, by depth."""
+        return tuple(name for stage in self.stages for name in stage.block_names())
+
+    def first_block(self, stage: int) -> int:
+        """Depth of the first block of a stage."""
+        return sum(before.layers for before in self.stages[:stage])
+
+    def stage_at(self, depth: int) -> int:
+        """Which stage block `depth` belongs to; the last one for the depth behind the last block."""
+        ends = itertools.accumulate(stage.layers for stage in self.stages)
+        return next((index for index, end in enumerate(ends) if depth < end), len(self.stages) - 1)
+
+    def width(self, depth: int) -> int:
+        """Width of the states that enter block `depth`."""
+        return self.stages[self.stage_at(depth)].width
+
+    def windows(self, depth: int) -> tuple[Window, ...]:
+        """All windows between the frames and the tokens that enter block `depth`."""
+        entered = self.stages[: self.stage_at(depth) + 1]
+        return (*self.stem_windows, *(window for stage in entered for window in stage.windows))
 
     def token_length(self, frames: int) -> int:
         """Output tokens that describe a clip of `frames` real frames: what is pooled, padding left out."""
         length = frames
-        for window in (*self.stem_windows, *self.pooling_windows):
+        for window in (*self.windows(self.num_layers), *self.pooling_windows):
             length = window.outputs(length)
         return length
 
-    def sequence_length(self, frames: int) -> int:
-        """Tokens that pass through the blocks for a clip of `frames` real frames: what it costs."""
+    def sequence_length(self, frames: int, depth: int = 0) -> int:
+        """Tokens that enter block `depth` for a clip of `frames` real frames: what it costs."""
         length = self.max_frames if self.pad_to_30s else frames
-        for window in self.stem_windows:
+        for window in self.windows(depth):
             length = window.outputs(length)
         return length

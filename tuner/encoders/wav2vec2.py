@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tuner.encoders.checkpoint import fingerprint, positive, read_json, weight_files
 from tuner.encoders.family import EncoderSource, Family
-from tuner.encoders.spec import EncoderSpec, LinearTarget, Window
+from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.errors import DataError, EncoderError
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ SAMPLING_RATE = 16_000  # Hz
 MAX_SECONDS = 30
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 ALIASES = {
-    "o_proj": "out_proj",
-    "query": "q_proj",
-    "key": "k_proj",
-    "value": "v_proj",
-    "fc1": "intermediate_dense",
-    "fc2": "output_dense",
-    "up_proj": "intermediate_dense",
-    "down_proj": "output_dense",
+    "o_proj": ("out_proj",),
+    "query": ("q_proj",),
+    "key": ("k_proj",),
+    "value": ("v_proj",),
+    "fc1": ("intermediate_dense",),
+    "fc2": ("output_dense",),
+    "up_proj": ("intermediate_dense",),
+    "down_proj": ("output_dense",),
 }
 # What these models can have on top of the towers that are known here, by the field that switches it on.
 _UNKNOWN_PARTS = {
@@ -60,6 +60,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
         if config.get(field):
             raise EncoderError(f"{folder}: {field} in config.json asks for {part}, which this program does not run")
     _read_preprocessor(folder / PREPROCESSOR)
+    layers = positive(config, "num_hidden_layers", folder)
     width, wide = positive(config, "hidden_size", folder), positive(config, "intermediate_size", folder)
     targets = {name: LinearTarget(f"attention.{name}", width, width) for name in ATTENTION}
     targets["intermediate_dense"] = LinearTarget("feed_forward.intermediate_dense", width, wide)
@@ -72,15 +73,11 @@ def inspect(source: EncoderSource) -> EncoderSpec:
         checkpoint=source.checkpoint,
         pad_to_30s=False,
         fingerprint=fingerprint(configs, weight_files(folder, PREFIXES[family]), family),
-        num_layers=positive(config, "num_hidden_layers", folder),
-        hidden_size=width,
         sampling_rate=SAMPLING_RATE,
         feature_channels=1,
         max_frames=MAX_SECONDS * SAMPLING_RATE,
         max_seconds=float(MAX_SECONDS),
-        block_path="encoder.layers.{}",
-        targets=targets,
-        aliases=ALIASES,
+        stages=(Stage("encoder.layers.{}", layers, width, targets, ALIASES),),
         stem_windows=_convolutions(source),
     )
 

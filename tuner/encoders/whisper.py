@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tuner.encoders import ctranslate2
 from tuner.encoders.checkpoint import fingerprint, positive, read_json, weight_files
 from tuner.encoders.family import EncoderSource, Family
-from tuner.encoders.spec import EncoderSpec, LinearTarget, Window
+from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.errors import DataError, EncoderError
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ HOP = 160  # samples between frames
 FFT = 400  # samples of one frame
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 ALIASES = {
-    "o_proj": "out_proj",
-    "query": "q_proj",
-    "key": "k_proj",
-    "value": "v_proj",
-    "up_proj": "fc1",
-    "down_proj": "fc2",
+    "o_proj": ("out_proj",),
+    "query": ("q_proj",),
+    "key": ("k_proj",),
+    "value": ("v_proj",),
+    "up_proj": ("fc1",),
+    "down_proj": ("fc2",),
 }
 CONVOLUTIONS = (Window(kernel=3, stride=1, padding=1), Window(kernel=3, stride=2, padding=1))
 STRIDE = 2  # frames a token
@@ -93,15 +93,11 @@ def whisper_spec(
         checkpoint=source.checkpoint,
         pad_to_30s=source.ref.pad_to_30s,
         fingerprint=fingerprint(configs, weights, family, source.ref.pad_to_30s),
-        num_layers=positive(config, "encoder_layers", folder),
-        hidden_size=width,
         sampling_rate=SAMPLING_RATE,
         feature_channels=positive(config, "num_mel_bins", folder),
         max_frames=max_frames,
         max_seconds=max_frames * HOP / SAMPLING_RATE,
-        block_path="layers.{}",
-        targets=targets,
-        aliases=ALIASES,
+        stages=(Stage("layers.{}", positive(config, "encoder_layers", folder), width, targets, ALIASES),),
         stem_windows=CONVOLUTIONS,
         pooling_windows=pooling_windows,
     )

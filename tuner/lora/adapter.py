@@ -27,7 +27,8 @@ from tuner.encoders.base import AudioEncoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import AdapterError, PlacementError
 from tuner.lora.dropout import LoraDropout
-from tuner.lora.placement import Placement, resolve_placement
+from tuner.lora.linear import LoraLinear
+from tuner.lora.placement import Placement, StagePlacement, resolve_placement
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,7 +48,9 @@ def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
     assert name not in names(encoder), f"adapter {name} is attached already"
     with _own_peft_config(encoder.tower):
         # Without weights at first: PEFT would draw them in the base's precision, which loses bits in bf16.
-        peft.inject_adapter_in_model(_peft_config(encoder.spec, lora), encoder.tower, name, low_cpu_mem_usage=True)
+        config = _peft_config(encoder.spec, lora)
+        config._register_custom_module({nn.Linear: LoraLinear})
+        peft.inject_adapter_in_model(config, encoder.tower, name, low_cpu_mem_usage=True)
     matched = [path for path, _ in _layers(encoder, name)]
     if sorted(matched) != sorted(placement.modules):
         detach(encoder, name)
@@ -161,8 +164,7 @@ def load_adapter(encoder: AudioEncoder, folder: Path, name: str = "default") -> 
 def _peft_config(spec: EncoderSpec, lora: LoraSpec) -> peft.LoraConfig:
     placement = resolve_placement(spec, lora)
     # A pattern over the whole name, not PEFT's list: a list matches by suffix, also outside the tower's blocks.
-    blocks = "|".join(re.escape(spec.block_path.format(layer)) for layer in placement.layers)
-    suffixes = "|".join(re.escape(spec.targets[target].suffix) for target in placement.targets)
+    pattern = "|".join(_stage_pattern(stage) for stage in placement.stages)
     # PEFT annotates alpha as int and computes with any number; ratios such as 0.5 need that.
     alpha: Any = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
     return peft.LoraConfig(
@@ -170,9 +172,15 @@ def _peft_config(spec: EncoderSpec, lora: LoraSpec) -> peft.LoraConfig:
         lora_alpha=alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
-        target_modules=rf"(?:{blocks})\.(?:{suffixes})",
+        target_modules=pattern,
         base_model_name_or_path=spec.source,
     )
+
+
+def _stage_pattern(stage: StagePlacement) -> str:
+    blocks = "|".join(map(re.escape, stage.blocks))
+    suffixes = "|".join(re.escape(linear.suffix) for linear in stage.linears)
+    return rf"(?:{blocks})\.(?:{suffixes})"
 
 
 def _layers(encoder: AudioEncoder, name: str | None = None) -> list[tuple[str, Any]]:

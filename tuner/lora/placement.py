@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tuner.config import HeadSpec, LoraSpec, TrialConfig
-from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage
 from tuner.errors import PlacementError
 
 
 @dataclass(frozen=True)
-class Placement:
-    """The linear layers that one LoRA adapts, all of them inside the blocks of the encoder's tower."""
+class StagePlacement:
+    """The adapted blocks of one stage, and the linear layers that are adapted in each of them."""
 
-    modules: tuple[str, ...]  # full names below the tower, by block, then as `targets`
-    layers: tuple[int, ...]  # adapted blocks, ascending
+    blocks: tuple[str, ...]  # names below the root of the adapters
+    linears: tuple[LinearTarget, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers, block by block."""
+        return tuple(f"{block}.{linear.suffix}" for block in self.blocks for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The linear layers that one LoRA adapts, all of them inside the blocks of the encoder."""
+
+    stages: tuple[StagePlacement, ...]  # those that have an adapted layer
+    layers: tuple[int, ...]  # adapted blocks, counted through all stages of the encoder, ascending
     targets: tuple[str, ...]  # the family's own names, in the family's order
     lora_parameters: int
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers below the root of the adapters, by block, then as `targets`."""
+        return tuple(module for stage in self.stages for module in stage.modules)
 
 
 def resolve_placement(spec: EncoderSpec, lora: LoraSpec) -> Placement:
@@ -27,16 +46,22 @@ def resolve_placement(spec: EncoderSpec, lora: LoraSpec) -> Placement:
     Raises:
         PlacementError: a target that no block has, or a first layer that does not exist; lists what is there.
     """
-    wanted = {_resolve_target(spec, name) for name in lora.targets}
-    targets = tuple(name for name in spec.targets if name in wanted)
-    layers = tuple(range(_first_layer(spec, lora.first_layer), spec.num_layers))
-    linears = [spec.targets[name] for name in targets]
-    return Placement(
-        modules=tuple(f"{spec.block_path.format(layer)}.{linear.suffix}" for layer in layers for linear in linears),
-        layers=layers,
-        targets=targets,
-        lora_parameters=len(layers) * sum(lora.rank * (linear.in_features + linear.out_features) for linear in linears),
-    )
+    _check_targets(spec, lora.targets)
+    first = _first_layer(spec, lora.first_layer)
+    placed: list[StagePlacement] = []
+    layers: list[int] = []
+    names: dict[str, None] = {}
+    for index, stage in enumerate(spec.stages):
+        targets = _stage_targets(stage, lora.targets)
+        start = spec.first_block(index)
+        adapted = range(max(first, start), start + stage.layers)
+        if targets and adapted:
+            blocks = stage.block_names()[adapted.start - start :]
+            placed.append(StagePlacement(blocks, tuple(stage.targets[name] for name in targets)))
+            layers += adapted
+            names |= dict.fromkeys(targets)
+    sizes = [len(stage.blocks) * sum(t.in_features + t.out_features for t in stage.linears) for stage in placed]
+    return Placement(tuple(placed), tuple(layers), tuple(names), lora.rank * sum(sizes))
 
 
 def lora_parameters(spec: EncoderSpec, lora: LoraSpec) -> int:
@@ -65,17 +90,24 @@ def trainable_parameters(spec: EncoderSpec, config: TrialConfig, text_dim: int) 
     return lora + head_parameters(spec.hidden_size, config.head, text_dim) + loss
 
 
-def _resolve_target(spec: EncoderSpec, name: str) -> str:
-    if name in spec.targets:
-        return name
-    if name in spec.aliases:
-        return spec.aliases[name]
-    near = difflib.get_close_matches(name, [*spec.targets, *spec.aliases], n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise PlacementError(
-        f"lora.targets: the blocks of {spec.source} ({spec.family}) have no {name!r}; "
-        f"there are {', '.join(spec.targets)}{hint}"
-    )
+def _stage_targets(stage: Stage, names: Iterable[str]) -> tuple[str, ...]:
+    """The stage's own names of the targets that it has, in its own order."""
+    wanted = {own for name in names for own in ((name,) if name in stage.targets else stage.aliases.get(name, ()))}
+    return tuple(name for name in stage.targets if name in wanted)
+
+
+def _check_targets(spec: EncoderSpec, names: Iterable[str]) -> None:
+    for name in names:
+        if any(_stage_targets(stage, (name,)) for stage in spec.stages):
+            continue
+        there = dict.fromkeys(own for stage in spec.stages for own in stage.targets)
+        aliases = dict.fromkeys(alias for stage in spec.stages for alias in stage.aliases)
+        near = difflib.get_close_matches(name, [*there, *aliases], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise PlacementError(
+            f"lora.targets: the blocks of {spec.source} ({spec.family}) have no {name!r}; "
+            f"there are {', '.join(there)}{hint}"
+        )
 
 
 def _first_layer(spec: EncoderSpec, first: int) -> int:

@@ -67,16 +67,14 @@ def pool_clips(
     The adapter that is active on the encoder at the time is the one that runs.
 
     Args:
-        lengths: tokens of each of these clips that pass through the blocks.
+        lengths: tokens of each of these clips that enter block `prefix.depth`.
     """
     groups = forward_groups(lengths, budget)
     pooled = []
     with encoder_precision(encoder):
         for group in groups:
             entering = prefix.hidden(clips[group])
-            states_NH = entering.states_ND
-            for index in range(prefix.depth, encoder.spec.num_layers):
-                states_NH = encoder.block(index, states_NH, entering.packing)
-            pooled.append(mean_pool(*encoder.finish(states_NH, entering.packing, entering.frames_B)))
+            leaving = encoder.advance(entering, prefix.depth, encoder.spec.num_layers)
+            pooled.append(mean_pool(*encoder.finish(leaving.states_ND, leaving.packing, leaving.frames_B)))
     order = np.argsort(np.concatenate(groups))
     return torch.cat(pooled)[torch.from_numpy(order).to(encoder.device)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,8 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.data.store import Store
-from tuner.encoders.base import AudioEncoder
-from tuner.encoders.packed import Packing
+from tuner.encoders.base import AudioEncoder, Hidden
 from tuner.errors import DataError
 from tuner.train.batches import forward_groups
 
@@ -42,15 +40,6 @@ class FeatureSource(Protocol):
 
     def features(self, clip: int) -> NDArray[np.float32]:
         """Features [C, F] of one clip."""
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """A group of clips on its way through the encoder."""
-
-    states_ND: Tensor
-    packing: Packing
-    frames_B: Tensor  # real feature frames of each clip, on the CPU
 
 
 class Prefix(Protocol):
@@ -73,12 +62,7 @@ class LivePrefix:
         """See `Prefix.hidden`."""
         encoder = self.encoder
         features_BCF = encoder.pad_features([self.store.features(int(clip)) for clip in clips])
-        frames_B = frame_counts(self.store, clips)
-        packing = encoder.packing(encoder.sequence_lengths(frames_B).tolist())
-        states_ND = packing.join_batch(encoder.stem(features_BCF, frames_B.to(encoder.device)))
-        for index in range(self.depth):
-            states_ND = encoder.block(index, states_ND, packing)
-        return Hidden(states_ND, packing, frames_B)
+        return encoder.advance(encoder.begin(features_BCF, frame_counts(self.store, clips)), 0, self.depth)
 
 
 class CachedPrefix:
@@ -86,16 +70,16 @@ class CachedPrefix:
 
     def __init__(self, folder: Path, depth: int, encoder: AudioEncoder, store: Store) -> None:
         self.depth, self.encoder, self.store = depth, encoder, store
-        self.rows_N = row_lengths(encoder, store)
+        self.rows_N = row_lengths(encoder, store, depth)
         self.start_N = np.concatenate([[0], np.cumsum(self.rows_N)])
-        width, total = encoder.spec.hidden_size, int(self.start_N[-1])
+        width, total = encoder.spec.width(depth), int(self.start_N[-1])
         flat = torch.from_file(str(folder / TOKENS_FILE), shared=False, size=total * width, dtype=encoder.dtype)
         self.table_RD = flat.view(total, width)
 
     def hidden(self, clips: NDArray[np.int64]) -> Hidden:
         """See `Prefix.hidden`."""
         parts = [self.table_RD[self.start_N[clip] : self.start_N[clip + 1]] for clip in clips]
-        packing = self.encoder.packing(self.rows_N[clips].tolist())
+        packing = self.encoder.packing(self.rows_N[clips].tolist(), self.depth)
         states_ND = packing.join(parts).to(self.encoder.device, non_blocking=True)
         return Hidden(states_ND, packing, frame_counts(self.store, clips))
 
@@ -105,9 +89,9 @@ def frame_counts(store: FeatureSource, clips: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(store.frames[clips].astype(np.int64))
 
 
-def row_lengths(encoder: AudioEncoder, store: FeatureSource) -> NDArray[np.int64]:
-    """Tokens that pass through the blocks for each clip of the store (those of 30 s where the encoder pads)."""
-    return encoder.sequence_lengths(torch.from_numpy(store.frames.astype(np.int64))).numpy()
+def row_lengths(encoder: AudioEncoder, store: FeatureSource, depth: int = 0) -> NDArray[np.int64]:
+    """Tokens that enter block `depth` for each clip of the store (those of 30 s where the encoder pads)."""
+    return encoder.sequence_lengths(torch.from_numpy(store.frames.astype(np.int64)), depth).numpy()
 
 
 def open_prefix(
@@ -147,15 +131,16 @@ def open_prefix(
 
 
 def _fill(path: Path, live: LivePrefix, tokens_per_forward: int, progress: Progress | None) -> None:
-    rows_N = row_lengths(live.encoder, live.store)
+    rows_N = row_lengths(live.encoder, live.store, live.depth)
     offset_N = np.concatenate([[0], np.cumsum(rows_N)])
-    width, dtype = live.encoder.spec.hidden_size, live.encoder.dtype
+    width, dtype = live.encoder.spec.width(live.depth), live.encoder.dtype
     # Reserve the whole file first: a full disk is an error here, not a bus error in a mapped page later.
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, int(offset_N[-1]) * width * dtype.itemsize)
     table_RD = torch.from_file(str(path), shared=True, size=int(offset_N[-1]) * width, dtype=dtype).view(-1, width)
     done = 0
-    for group in forward_groups(rows_N, tokens_per_forward):
+    # By what enters the first block: every block below `depth` runs, and sequences only get shorter.
+    for group in forward_groups(row_lengths(live.encoder, live.store), tokens_per_forward):
         hidden = live.hidden(group)
         for clip, states_TD in zip(group, hidden.packing.split(hidden.states_ND.cpu()), strict=True):
             table_RD[offset_N[clip] : offset_N[clip + 1]] = states_TD
