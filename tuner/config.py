@@ -140,10 +140,22 @@ def read_yaml(path: Path) -> Any:
     """Read one YAML document with the safe loader.
 
     Raises:
+        ConfigError: the file is missing, is not YAML (names the line), or holds several documents.
+    """
+    documents = read_yaml_documents(path)
+    if len(documents) > 1:
+        raise ConfigError(f"{path}: holds {len(documents)} YAML documents; keep one to a file")
+    return documents[0] if documents else None
+
+
+def read_yaml_documents(path: Path) -> list[Any]:
+    """Read all YAML documents of a file with the safe loader.
+
+    Raises:
         ConfigError: the file is missing or is not YAML; names the line.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
