@@ -36,7 +36,12 @@ class Tiny:
         return Store.open(self.store_folder)
 
     def settings(self, **changes: Any) -> RunSettings:
-        values = {"epochs": 2, "batch_size": 12, "tokens_per_forward": 64, "precision": "fp32"} | changes
+        values: dict[str, Any] = {
+            "epochs": 2,
+            "batch_size": 12,
+            "tokens_per_forward": 64,
+            "precision": "fp32",
+        } | changes
         return RunSettings(store=str(self.store_folder), encoder=self.encoder, **values)
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tuner.errors import ConfigError
 
 Precision = Literal["bf16", "fp32"]
+OffPath = Literal["refuse", "warn"]
 
 
 class Frozen(BaseModel):
@@ -134,6 +135,9 @@ class RunSettings(Frozen):
         default=0, ge=0, description="order of clips and choice of captions, the same for all trials"
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    off_path: OffPath = Field(
+        default="refuse", description="a trial with LoRA modules that the embedding does not depend on"
+    )
 
 
 def read_yaml(path: Path) -> Any:

@@ -67,18 +67,25 @@ def train(
     out: Annotated[Path, typer.Option(help="folder of the adapter to write")],
     data: Annotated[str | None, typer.Option(help="manifest or prepared store; default: the one in the file")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="default: as in the file")] = None,
+    off_path: Annotated[
+        str | None,
+        typer.Option(help="modules that the embedding does not depend on: refuse or warn; default: as in the file"),
+    ] = None,
 ) -> None:
     """Train one configuration again, without Ray, and export it."""
-    from tuner.commands.inputs import DataChoice, find_store, progress_bar
+    from tuner.commands.inputs import DataChoice, find_store, progress_bar, say
+    from tuner.config import RunSettings
     from tuner.train.single import read_trial, train_single
 
     trial, settings = read_trial(config)
     changes: dict[str, Any] = {"epochs": epochs} if epochs else {}
     if data is not None:
         changes["store"] = str(find_store(DataChoice(data)).resolve())
-    settings = settings.model_copy(update=changes)
+    if off_path is not None:
+        changes["off_path"] = off_path
+    settings = RunSettings.parse({**settings.model_dump(), **changes}, "tuner train")
     with progress_bar("training") as progress:
-        metrics = train_single(trial, settings, out, progress)
+        metrics = train_single(trial, settings, out, progress, say)
     typer.echo(f"{out}: validation recall@10 {metrics['recall@10']:.3f}")
 
 

@@ -45,6 +45,9 @@ def search(
     workers: Annotated[int, typer.Option(min=1, help="workers that share each batch of a lane")] = 1,
     pack: Annotated[int, typer.Option(min=1, help="adapters that a lane holds at once")] = 1,
     precision: Annotated[str, typer.Option(help="of the frozen encoder: auto, bf16 or fp32")] = "auto",
+    off_path: Annotated[
+        str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
+    ] = "refuse",
     seed: Annotated[int, typer.Option(min=0, help="of sampler, initialisation, dropout and batches")] = 0,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use; default: Ray inside this process")] = None,
     dashboard: Annotated[
@@ -65,6 +68,7 @@ def search(
     else:
         choice = DataChoice(data, encoder, text_encoder, pad_to_30s)
         values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
+        values["off_path"] = off_path
         request = _new_request(space, choice, objective, study, runs, values)
         request = replace(request, trials=trials or DEFAULT_TRIALS, seed=seed)
     request = replace(request, address=address, dashboard=dashboard, fleet=options)

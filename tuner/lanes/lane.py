@@ -204,7 +204,9 @@ class LaneWorker:
             "lora_parameters": member.placement.lora_parameters if member.placement else 0,
             "trainable_parameters": member.trainable_parameters,
         }
-        member.history.append({**row, "validation_seconds": time.perf_counter() - started, **counts, **metrics})
+        seconds = {"validation_seconds": time.perf_counter() - started}
+        warning = {"warning": member.warning} if member.warning else {}
+        member.history.append({**row, **seconds, **counts, **metrics, **warning})
         if self.rank == 0:
             path = self._checkpoint(trial)
             try:

@@ -34,7 +34,7 @@ class Recorder(tune.Callback):
         self.journal, self.view, self.metric = journal, view, metric
         self.parameters, self.first_epoch = parameters, first_epoch
         self.fatal: str | None = None
-        self._ended: set[str] = set()
+        self._warned: set[str] = set()
         self._seen_epoch = False
         self._written = 0.0
 
@@ -60,6 +60,9 @@ class Recorder(tune.Callback):
         row = {key: value for key, value in result.items() if key in ROW_KEYS or key.startswith(ROW_PREFIXES)}
         if not self.journal.epoch(trial.config["trial"], row):
             return
+        if result.get("warning") and trial.config["trial"] not in self._warned:
+            self._warned.add(trial.config["trial"])
+            self.view.message(f"{trial.config['trial']}: {result['warning']}")
         self._show_epoch(trial.config["trial"], trial.config["epochs"], row)
         if time.monotonic() - self._written > TABLE_SECONDS:
             self.journal.write_parquet()

@@ -31,7 +31,8 @@ class Member:
     def __init__(self, trial: str, config: TrialConfig, encoder: AudioEncoder, text_dim: int, total_steps: int) -> None:
         self.trial, self.config, self.encoder = trial, config, encoder
         self.epoch = 0
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
+        self.warning: str | None = None  # of modules that the embedding does not depend on
         self.device = encoder.device
         self._random: list[Tensor] = []
         self._seed = config.seed

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tuner.data.store import Store
 from tuner.encoders.base import AudioEncoder
 from tuner.errors import TrialFailed
 from tuner.lora.adapter import activate
+from tuner.lora.path import EncodingPath, check_placement, clips_to_trace, trace_path
 from tuner.train.batches import Batch, epoch_batches, same_pairs, shard, steps_per_epoch
 from tuner.train.member import Member, read_checkpoint
 from tuner.train.metrics import Retrieval, retrieve
@@ -64,16 +66,30 @@ class Pack:
         return self.settings.epochs * steps_per_epoch(len(self.train_clips), self.settings.batch_size)
 
     def attach(self, trial: str, config: TrialConfig, checkpoint: Path | None = None) -> Member:
-        """Add an adapter, at its start or where `checkpoint` left it."""
+        """Add an adapter, at its start or where `checkpoint` left it.
+
+        Raises:
+            PlacementError: a module does not exist, or the embedding does not depend on it (see `check_placement`).
+            StudyError: the checkpoint is of another configuration.
+        """
         member = Member(trial, config, self.encoder, self.store.text_dim, self.total_steps)
-        if checkpoint is not None and checkpoint.exists():
-            try:
+        try:
+            if member.placement:
+                member.warning = check_placement(member.placement, self.path, self.settings.off_path)
+            if checkpoint is not None and checkpoint.exists():
                 member.load(read_checkpoint(checkpoint))
-            except BaseException:
-                member.detach()
-                raise
+        except BaseException:
+            member.detach()
+            raise
         self.members[trial] = member
         return member
+
+    @cached_property
+    def path(self) -> EncodingPath:
+        """Which linear layers the embedding depends on, traced once on two short training clips."""
+        clips = self.train_clips[clips_to_trace(self.length_N[self.train_clips])]
+        features = [self.store.features(int(clip)) for clip in clips]
+        return trace_path(self.encoder, features, self.store.frames[clips].tolist())
 
     def detach(self, trial: str) -> None:
         """Remove an adapter and everything it held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from tuner.train.pack import Pack, PackContext
 from tuner.train.precision import dtype_of, measured_precision
 
 Progress = Callable[[int, int], None]
+logger = logging.getLogger(__name__)
 
 
 class TrialFile(Frozen):
@@ -38,10 +40,20 @@ def read_trial(path: Path) -> tuple[TrialConfig, RunSettings]:
     return content.trial, content.settings
 
 
-def train_single(config: TrialConfig, settings: RunSettings, folder: Path, progress: Progress) -> Metrics:
+def train_single(
+    config: TrialConfig,
+    settings: RunSettings,
+    folder: Path,
+    progress: Progress,
+    warn: Callable[[str], None] = logger.warning,
+) -> Metrics:
     """Train, export to `folder`, and return the validation metrics of the last epoch.
 
+    Args:
+        warn: is told of LoRA modules that the embedding does not depend on, where the settings allow them.
+
     Raises:
+        PlacementError: there are such modules, and the settings refuse them.
         TrialFailed: the loss became NaN or infinite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,6 +61,8 @@ def train_single(config: TrialConfig, settings: RunSettings, folder: Path, progr
     encoder = load_encoder(inspect_encoder(settings.encoder), dtype_of(precision), str(device))
     pack = Pack(PackContext(encoder, Store.open(Path(settings.store)), settings, prefix_root=cache_root() / "prefix"))
     member = pack.attach(folder.name, config)
+    if member.warning:
+        warn(member.warning)
     for epoch in range(settings.epochs):
         step_progress = partial(_over_epochs, progress, epoch, settings.epochs)
         row = pack.train_epoch([member.trial], step_progress)[member.trial]
