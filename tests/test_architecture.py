@@ -51,6 +51,7 @@ def test_every_module_has_a_layer() -> None:
     [
         (("tuner.cli", "tuner.commands"), ("torch", "transformers", "peft", "ray", "optuna", "pyarrow", "numpy")),
         (("tuner.space", "tuner.config", "tuner.errors", "tuner.pareto"), ("torch", "transformers", "ray", "optuna")),
+        (("tuner.service",), ("torch", "transformers", "peft", "ray", "optuna")),
         (("tuner.search",), ("torch", "transformers", "peft")),
         (("tuner.lanes",), ("torch", "transformers", "peft", "optuna")),
         (("tuner.report", "tuner.lora.placement"), ("torch", "transformers", "peft", "ray", "optuna")),

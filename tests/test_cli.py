@@ -118,7 +118,7 @@ def test_help_is_instant(command: list[str]) -> None:
 def test_every_command_is_listed(terminal: Terminal) -> None:
     finished = terminal.run("--help")
     assert finished.code == 0
-    for command in ("prepare", "search", "report", "spaces", "train", "evaluate", "embed"):
+    for command in ("prepare", "search", "report", "spaces", "cluster", "train", "evaluate", "embed"):
         assert f" {command} " in finished.out
 
 
