@@ -1,68 +1,75 @@
 """Dropout for the input of LoRA's A, cheap enough for a CPU.
 
 torch draws one Bernoulli variable after another from its Mersenne Twister: for the input of a 384-wide layer that takes
-longer than the frozen layer itself. Here one 64-bit draw serves four elements, and kept values pass through unchanged
-bits. The probability is rounded to a multiple of 1/65536.
+longer than the frozen layer itself. Here one 64-bit draw of SFC64 serves eight elements, and kept values pass through
+unchanged bits. The probability is rounded to a multiple of 1/256, and the scale goes with the rounded one.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-_LEVELS = 2**16
-_LOWEST = -(2**15)
+_LEVELS = 2**8
+_WORD = 8  # elements that one 64-bit draw serves
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 class LoraDropout(nn.Module):
     """Inverted dropout (Srivastava et al. 2014) with torch's own on accelerators, where it costs nothing.
 
-    Draws from torch's global generator, like `nn.Dropout`, though not the same numbers.
+    Each mask takes one number from torch's global generator, so a random stream that is restored gives it again.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
+        self.threshold = round(p * _LEVELS)
+
+    @property
+    def scale(self) -> float:
+        """What kept values are multiplied by on a CPU, so that their mean stays."""
+        return _LEVELS / (_LEVELS - self.threshold)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each element with probability `p` and scale the rest by 1 / (1 - p), in training mode."""
+        """Zero each element with probability `p` and scale the rest, in training mode."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, self.p)
-        kept: Tensor = _LaneDropout.apply(x, self.p)  # type: ignore[no-untyped-call]
-        return kept
+        kept: Tensor = _Kept.apply(x, self.draw_mask(x.shape))  # type: ignore[no-untyped-call]
+        return kept * self.scale
+
+    def draw_mask(self, shape: torch.Size) -> Tensor:
+        """A mask for `keep`: int8, all bits set where an element stays and none where it goes."""
+        generator = np.random.SFC64(int(torch.randint(2**63 - 1, ())))
+        words: Any = generator.random_raw(-(-shape.numel() // _WORD))
+        stays = words.view(np.uint8)[: shape.numel()] >= self.threshold
+        mask = stays.view(np.int8)
+        np.negative(mask, out=mask)
+        return torch.from_numpy(mask).view(shape)
 
     def extra_repr(self) -> str:
         """As `nn.Dropout` shows itself."""
         return f"p={self.p}"
 
 
-class _LaneDropout(torch.autograd.Function):
+def keep(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where the mask keeps it and zero elsewhere; without a gradient."""
+    bits = _BITS[x.dtype]
+    return torch.bitwise_and(x.contiguous().view(bits), mask).view(x.dtype)
+
+
+class _Kept(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        keep = _keep_mask(x.shape, p)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - p)
-        return _masked(x, keep, ctx.scale)
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return keep(x, mask)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (keep,) = ctx.saved_tensors
-        return _masked(gradient, keep, ctx.scale), None
-
-
-def _keep_mask(shape: torch.Size, p: float) -> Tensor:
-    """int16, all bits set where an element stays and none where it goes."""
-    lanes = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    drawn = lanes.view(torch.int16)[: shape.numel()].view(shape)
-    return drawn.ge_(_LOWEST + round(p * _LEVELS)).neg_()
-
-
-def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
-    if x.dtype == torch.bfloat16:
-        bits = torch.bitwise_and(x.contiguous().view(torch.int16), keep)
-        return bits.view(torch.bfloat16).mul_(scale)
-    return x * keep.to(x.dtype).mul_(-scale)
+        (mask,) = ctx.saved_tensors
+        return keep(gradient, mask), None
