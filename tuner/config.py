@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tuner.errors import ConfigError
 
 Precision = Literal["bf16", "fp32"]
+EncoderPath = Literal["audio_tower", "full_forward"]
+Placed = Literal["tower", "language_model", "both"]
 OffPath = Literal["refuse", "warn"]
 
 
@@ -60,7 +62,12 @@ class LoraSpec(Frozen):
         min_length=1, description="linear layers of a block, by the family's names or aliases"
     )
     first_layer: int = Field(
-        default=0, description="first adapted block; negative counts from the top (-1 = last block)"
+        default=0, description="first adapted block of each part; negative counts from its top (-1 = last block)"
+    )
+    placement: Placed = Field(
+        default="tower",
+        description="part of the model that is adapted; with the language model the embedding leaves there, not at the "
+        "tower",
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
 
@@ -113,11 +120,14 @@ class TrialConfig(Frozen):
 
 
 class EncoderRef(Frozen):
-    """Which pretrained audio encoder, and how clips are given to it."""
+    """Which pretrained audio encoder, how much of its model runs, and how clips are given to it."""
 
     source: str = Field(description="hub id, Hugging Face folder or faster-whisper folder")
     pad_to_30s: bool = Field(
         default=False, description="the original fixed 30 s window instead of the clip's own length"
+    )
+    path: EncoderPath = Field(
+        default="audio_tower", description="the audio tower alone, or on through the language model behind it"
     )
 
 

@@ -127,6 +127,8 @@ def _recipe(manifest: Path, encoder: EncoderRef, text_encoder: str, options: Pre
     rows = read_manifest(manifest)
     if options.audio_root is not None:
         confine(rows, options.audio_root)
+    # Features are made before anything runs: the path that a search takes later is no matter of the store.
+    encoder = encoder.model_copy(update={"path": "audio_tower"})
     spec = inspect_encoder(encoder)
     text = inspect_text_encoder(text_encoder)
     states = file_states(rows)

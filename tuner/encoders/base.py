@@ -57,6 +57,11 @@ class AudioEncoder(nn.Module, ABC):
         self.tower = tower
 
     @property
+    def tower_alone(self) -> AudioEncoder:
+        """The encoder that ends at the audio tower and shares its weights: itself where nothing comes behind."""
+        return self
+
+    @property
     def dtype(self) -> torch.dtype:
         """Number format of the frozen weights."""
         return next(self.tower.parameters()).dtype

@@ -60,17 +60,22 @@ def resolve_folder(source: str, patterns: Sequence[str], revision: str | None = 
         ) from None
 
 
-def fetch_weights(source: str, folder: Path, prefixes: Sequence[str]) -> None:
-    """Complete the folder of a hub id whose configuration is there: of a sharded model only the shards of the tower.
+def fetch_weights(source: str, folder: Path, parts: Sequence[Sequence[str]]) -> None:
+    """Complete the folder of a hub id whose configuration is there: of a sharded model only the shards of some parts.
 
     A local folder is left as it is.
+
+    Args:
+        parts: prefixes of each part that is wanted; the first that occurs counts.
 
     Raises:
         EncoderError: the index is damaged, or the hub does not deliver the weights.
     """
     if Path(source).expanduser().is_dir():
         return
-    files = _tower_shards(folder, prefixes) if (folder / INDEX).is_file() else [SINGLE]
+    files = [SINGLE]
+    if (folder / INDEX).is_file():
+        files = sorted({shard for prefixes in parts for shard in _shards(folder, prefixes)})
     # The folder of a snapshot is named by its commit: the weights must not come from a newer one than the index.
     resolve_folder(source, (*CONFIG_PATTERNS, *files), revision=folder.name)
 
@@ -108,7 +113,7 @@ def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
         EncoderError: there are no weights, only pickled ones, none of the tower, or a shard of it is missing.
     """
     if (folder / INDEX).is_file():
-        names = _tower_shards(folder, prefixes)
+        names = _shards(folder, prefixes)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise EncoderError(f"{folder}: {INDEX} names {missing[0]}, which is not there; fetch the model again")
@@ -214,7 +219,7 @@ def positive(config: Mapping[str, Any], field: str, folder: Path) -> int:
     return value
 
 
-def _tower_shards(folder: Path, prefixes: Sequence[str]) -> list[str]:
+def _shards(folder: Path, prefixes: Sequence[str]) -> list[str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise EncoderError(f"{folder / INDEX}: has no weight_map; fetch the model again")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.config import EncoderRef
+from tuner.config import EncoderPath, EncoderRef
 from tuner.encoders.spec import CheckpointKind, EncoderSpec
 
 if TYPE_CHECKING:
@@ -63,3 +63,6 @@ class Family:
     load: Callable[[EncoderSpec, torch.dtype, str], AudioEncoder]
     load_features: Callable[[EncoderSpec], FeatureExtractor]
     ctranslate2_name: str | None = None  # specification name inside a CTranslate2 model.bin
+    # The paths that `inspect` knows; where there is one alone, an encoder without a tower of its own takes it unasked.
+    paths: tuple[EncoderPath, ...] = ("audio_tower",)
+    behind_tower: tuple[tuple[str, ...], ...] = ()  # like `prefixes`, of each further part that `full_forward` reads

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WHOLE, TOWER = "glmasr", "glmasr_encoder"
 PREFIXES = {WHOLE: ("audio_tower.", "model.audio_tower."), TOWER: ("",)}
+TOWER_PATHS = {WHOLE: "model.audio_tower", TOWER: ""}
 # The nested configuration of a whole model may leave out what equals the defaults: the sizes of GLM-ASR-Nano.
 DEFAULTS = {
     "hidden_size": 1280,
@@ -72,7 +73,8 @@ def inspect(source: EncoderSource) -> EncoderSpec:
             "which this program does not run"
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
-    spec = whisper_spec(source, {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}, weights)
+    names = {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}
+    spec = whisper_spec(source, names, weights, TOWER_PATHS[source.model_type])
     (stage,) = spec.stages
     width, wide = stage.width, stage.targets["fc1"].out_features
     sizes = {"fc1": (width, wide), "fc2": (wide, width)}

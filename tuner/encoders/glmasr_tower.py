@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
 from tuner.encoders.glmasr import DEFAULTS, PREFIXES
-from tuner.encoders.packed import Packing, empty_tower
+from tuner.encoders.packed import Packing, Rotation, empty_tower
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper_tower import WhisperAudioEncoder
 
@@ -22,7 +22,7 @@ class GlmAsrTower(WhisperAudioEncoder):
 
     def __init__(self, spec: EncoderSpec, tower: nn.Module) -> None:
         super().__init__(spec, tower)
-        self._rotation: tuple[Packing, tuple[Tensor, Tensor]] | None = None
+        self._rotation = Rotation(tower)
 
     def add_positions(self, hidden_BTD: Tensor) -> Tensor:
         """The states as they are: positions enter in the blocks."""
@@ -32,21 +32,13 @@ class GlmAsrTower(WhisperAudioEncoder):
         """States ND after block `index`; see `AudioEncoder.block`."""
         tower: Any = self.tower
         layer = tower.layers[index]
-        rotation = self._rotary(packing, hidden_ND)
+        rotation = self._rotation.of(packing, hidden_ND)
         return cast(Tensor, layer(hidden_ND[None], position_embeddings=rotation, attention_mask=packing)[0])
 
     def final_norm(self, tokens_ND: Tensor) -> Tensor:
         """The last layer norm."""
         tower: Any = self.tower
         return cast(Tensor, tower.norm(tokens_ND))
-
-    def _rotary(self, packing: Packing, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [1, N, d] of the places of all tokens in their clips, kept for the next block."""
-        if self._rotation is None or self._rotation[0] is not packing:
-            tower: Any = self.tower
-            places_N = packing.join([torch.arange(length, device=self.device) for length in packing.lengths])
-            self._rotation = packing, tower.rotary_emb(hidden_ND, places_N[None])
-        return self._rotation[1]
 
 
 def load_glmasr(spec: EncoderSpec, dtype: torch.dtype, device: str) -> GlmAsrTower:

@@ -15,14 +15,14 @@ group, H heads, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 IMPLEMENTATION = "tuner_packed"
 # A group may hold clips this much shorter than its longest: more groups cost more calls, fewer cost more padding.
@@ -42,7 +42,8 @@ class Group:
     width: int
     padded_GT: Tensor | None  # for each place of the padded group, flat, its token counted from `start`
     real_N: Tensor | None  # for each token of the group, its place in the padded group
-    bias_G1T: Tensor | None  # 0 on real tokens, the lowest number on padding
+    bias_G1T: Tensor | None  # 0 on real tokens, the lowest number on padding; None where no real token sees padding
+    causal: bool = False
 
 
 ScoreBias = Callable[[Group], Tensor]
@@ -55,14 +56,23 @@ class Packing:
         lengths: tokens of each clip, in the order of the pack; falling lengths give the fewest groups.
         dtype, device: of the hidden states.
         window: where it is given, a clip attends in separate windows of so many tokens, the last one shorter.
+        causal: whether a token attends to itself and those of its clip before it alone.
     """
 
     def __init__(
-        self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device, window: int | None = None
+        self,
+        lengths: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None = None,
+        causal: bool = False,
     ) -> None:
         self.lengths = tuple(lengths)
+        self.device = device
         spans = self.lengths if window is None else tuple(_windows(self.lengths, window))
-        self.groups = tuple(_groups(spans, dtype, device))
+        groups = _groups(spans, dtype, device)
+        # Padding comes behind a clip, so there is nothing to hide from its tokens.
+        self.groups = tuple(replace(group, bias_G1T=None, causal=True) for group in groups) if causal else groups
 
     @property
     def tokens(self) -> int:
@@ -74,6 +84,10 @@ class Packing:
         """Rows behind the last clip."""
         return -self.tokens % ROWS_MULTIPLE
 
+    def places(self) -> Tensor:
+        """The place of each row in its clip, from 0, int64; 0 behind the last clip."""
+        return self.join([torch.arange(length, device=self.device) for length in self.lengths])
+
     def join(self, clips: Sequence[Tensor]) -> Tensor:
         """Rows ND of the pack from the tokens of each clip, TD."""
         return torch.cat([*clips, clips[0].new_zeros(self.spare, *clips[0].shape[1:])])
@@ -82,9 +96,32 @@ class Packing:
         """Rows ND of the pack from a padded batch."""
         return self.join([hidden_TD[:length] for hidden_TD, length in zip(hidden_BTD, self.lengths, strict=True)])
 
+    def share(self, states_HNd: Tensor) -> list[Tensor]:
+        """Rows of each group. One split: the gradient of a slice for each group would be a whole pack of zeros each."""
+        sizes = [group.stop - group.start for group in self.groups]
+        return list(torch.split(states_HNd, [*sizes, states_HNd.shape[1] - sum(sizes)], dim=1))[: len(sizes)]
+
     def split(self, hidden_ND: Tensor) -> list[Tensor]:
         """Tokens TD of each clip from the rows of the pack."""
         return list(torch.split(hidden_ND[: self.tokens], list(self.lengths)))
+
+
+class Rotation:
+    """Rotary positions (RoFormer, arXiv:2104.09864) that start anew with every clip of a packing.
+
+    Args:
+        model: whose `rotary_emb` gives cosines and sines for places.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._last: tuple[Packing, tuple[Tensor, Tensor]] | None = None
+
+    def of(self, packing: Packing, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1, N, d] for all rows in the number format of the states, kept for the next block."""
+        if self._last is None or self._last[0] is not packing:
+            self._last = packing, self._model.rotary_emb(hidden_ND, packing.places()[None])
+        return self._last[1]
 
 
 def unpack(packed_ND: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -97,15 +134,15 @@ def _windows(lengths: Sequence[int], window: int) -> Iterator[int]:
         yield from (min(window, length - start) for start in range(0, length, window))
 
 
-def _groups(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[Group]:
-    groups, first, start = [], 0, 0
+def _groups(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Group, ...]:
+    groups, first, start = list[Group](), 0, 0
     for clip in range(1, len(lengths) + 1):
         part = lengths[first : clip + 1]
         if clip < len(lengths) and min(part) >= SHORTEST_IN_GROUP * max(part):
             continue
         groups.append(_group(lengths[first:clip], start, dtype, device))
         start, first = groups[-1].stop, clip
-    return groups
+    return tuple(groups)
 
 
 def _group(lengths: tuple[int, ...], start: int, dtype: torch.dtype, device: torch.device) -> Group:
@@ -145,6 +182,7 @@ def packed_attention(
 
     Without a packing (somebody calls the tower itself) it is transformers' own. It comes as the attention mask, or by
     its name through layers that take no mask. `score_bias` gives what a family adds to the scores HGTT of a group.
+    Keys and values may have fewer heads than queries, each then shared by neighbouring ones.
 
     Returns:
         Output [1, N, H, d], as transformers wants it, and no weights.
@@ -156,9 +194,12 @@ def packed_attention(
         )
         return whole
     assert dropout == 0.0, "the frozen tower has no dropout of its own"
+    sharing = query_1HNd.shape[1] // key_1HNd.shape[1]
+    key_1HNd, value_1HNd = repeat_kv(key_1HNd, sharing), repeat_kv(value_1HNd, sharing)
     parts = []
-    for group in packing.groups:
-        query, key, value = (padded(part[0], group) for part in (query_1HNd, key_1HNd, value_1HNd))
+    shares = (packing.share(states_1HNd[0]) for states_1HNd in (query_1HNd, key_1HNd, value_1HNd))
+    for group, *own in zip(packing.groups, *shares, strict=True):
+        query, key, value = (padded(states_HNd, group) for states_HNd in own)
         bias = _bias(group, score_bias, len(query))
         parts.append(_unpadded(_attend(query, key, value, group, scaling, bias), group))
     heads, _, width = parts[0].shape
@@ -187,23 +228,28 @@ def _attend(
     query_HGTd: Tensor, key_HGTd: Tensor, value_HGTd: Tensor, group: Group, scaling: float, bias: Tensor | None
 ) -> Tensor:
     plain = query_HGTd.device.type == "cpu" and query_HGTd.dtype == torch.bfloat16 and group.width <= PLAIN_WIDTH
+    assert not group.causal or bias is None, "no family has a bias in causal attention"
     if not plain:
-        return F.scaled_dot_product_attention(query_HGTd, key_HGTd, value_HGTd, attn_mask=bias, scale=scaling)
+        return F.scaled_dot_product_attention(
+            query_HGTd, key_HGTd, value_HGTd, attn_mask=bias, scale=scaling, is_causal=group.causal
+        )
     score_HGTT = query_HGTd @ key_HGTd.transpose(2, 3)
     if scaling != 1.0:
         score_HGTT = score_HGTT * scaling
+    if group.causal:
+        later_TT = torch.ones(group.width, group.width, dtype=torch.bool, device=score_HGTT.device).triu(1)
+        score_HGTT = score_HGTT.masked_fill(later_TT, -torch.inf)
     if bias is not None:
         score_HGTT = score_HGTT + bias
     return score_HGTT.softmax(dim=3) @ value_HGTd
 
 
 def padded(states_HNd: Tensor, group: Group) -> Tensor:
-    """States HGTd of a group from those of the whole pack; padding repeats a clip's last token."""
+    """States HGTd of a group's own rows HNd; padding repeats a clip's last token."""
     heads, _, width = states_HNd.shape
-    own_HNd = states_HNd[:, group.start : group.stop]
     if group.padded_GT is not None:
-        own_HNd = _Pad.apply(own_HNd, group.padded_GT, group.real_N)  # type: ignore[no-untyped-call]
-    return own_HNd.reshape(heads, group.clips, group.width, width)
+        states_HNd = _Pad.apply(states_HNd, group.padded_GT, group.real_N)  # type: ignore[no-untyped-call]
+    return states_HNd.reshape(heads, group.clips, group.width, width)
 
 
 def _unpadded(states_HGTd: Tensor, group: Group) -> Tensor:

@@ -28,6 +28,11 @@ PREFIXES = {
     "qwen2_5_omni_thinker": ("audio_tower.", "model.audio_tower."),
     "qwen2_5_omni_audio_encoder": ("",),
 }
+TOWER_PATHS = {
+    "qwen2_5_omni": "thinker.model.audio_tower",
+    "qwen2_5_omni_thinker": "model.audio_tower",
+    "qwen2_5_omni_audio_encoder": "",
+}
 
 
 def omni_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     if source.ref.pad_to_30s:
         raise EncoderError(f"{source.ref.source}: Qwen2.5-Omni has no 30 s window to pad to; leave pad_to_30s out")
     weights = weight_files(source.folder, PREFIXES[source.model_type])
-    return whisper_spec(source, omni_config(source.config), weights, pooling_windows=(PAIRS,))
+    return whisper_spec(source, omni_config(source.config), weights, TOWER_PATHS[source.model_type], (PAIRS,))
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:

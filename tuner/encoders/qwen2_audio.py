@@ -1,18 +1,25 @@
-"""The audio tower of Qwen2-Audio: facts from its configuration. No torch here.
+"""Qwen2-Audio: facts of its audio tower, and of the path through its language model. No torch here.
 
 The tower is Whisper's encoder with the padding masked and with the last states averaged in pairs, so features, token
 arithmetic and target names are Whisper's. It comes inside the whole model (`qwen2_audio`), of which nothing but the
 tower is read, or as a folder of its own (`qwen2_audio_encoder`).
+
+On the path `full_forward` the pairs go on through the projector and the language model, and the last hidden state is
+pooled over them. No text goes in with them: an embedding should depend on the recording alone, every token of a prompt
+would cost each clip a pass through 7 billion parameters, and what a fixed prompt could say the adapters can learn.
+So neither the word embeddings nor the output layer are read.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from tuner.encoders.checkpoint import tower_config, weight_files
+from tuner.encoders.checkpoint import fingerprint, positive, tower_config, weight_files
 from tuner.encoders.family import EncoderSource, Family
-from tuner.encoders.spec import EncoderSpec, Window
-from tuner.encoders.whisper import WhisperFeatures, whisper_spec
+from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
+from tuner.encoders.whisper import PREPROCESSOR, WhisperFeatures, whisper_spec
 from tuner.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -23,6 +30,14 @@ if TYPE_CHECKING:
 WHOLE, TOWER = "qwen2_audio", "qwen2_audio_encoder"
 # transformers 4 wrote `audio_tower`, which is what checkpoints have on disk; its successor holds `model.audio_tower`.
 PREFIXES = {WHOLE: ("audio_tower.", "model.audio_tower."), TOWER: ("",)}
+TOWER_PATHS = {WHOLE: "model.audio_tower", TOWER: ""}
+# Parts that the language model's path reads, by their names below the root of the adapters (`Qwen2AudioModel`).
+PARTS = {
+    "audio_tower.": PREFIXES[WHOLE],
+    "multi_modal_projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+    "language_model.layers.": ("language_model.model.layers.", "model.language_model.layers."),
+    "language_model.norm.": ("language_model.model.norm.", "model.language_model.norm."),
+}
 PAIRS = Window(kernel=2, stride=2, padding=0)
 # The nested configuration of a whole model may leave out what equals the defaults: the sizes of Qwen2-Audio-7B.
 DEFAULTS = {
@@ -33,10 +48,27 @@ DEFAULTS = {
     "d_model": 1280,
     "max_source_positions": 1500,
 }
+# Likewise of its language model, by the defaults of transformers' Qwen2Config.
+TEXT_DEFAULTS = {
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+# The gated MLP has two layers where others have one: a space that says `fc1` means what widens, and so both.
+TEXT_ALIASES = {
+    "out_proj": ("o_proj",),
+    "query": ("q_proj",),
+    "key": ("k_proj",),
+    "value": ("v_proj",),
+    "fc1": ("gate_proj", "up_proj"),
+    "fc2": ("down_proj",),
+}
 
 
 def inspect(source: EncoderSource) -> EncoderSpec:
-    """Facts of the tower; `source` is a whole model or the tower alone.
+    """Facts of the tower, or of the path through the language model; `source` is a whole model or the tower alone.
 
     Raises:
         EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
@@ -47,16 +79,84 @@ def inspect(source: EncoderSource) -> EncoderSpec:
             "embeddings for more work; leave pad_to_30s out"
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
-    return whisper_spec(source, tower_config(source.config, DEFAULTS), weights, pooling_windows=(PAIRS,))
+    config, path = tower_config(source.config, DEFAULTS), TOWER_PATHS[source.model_type]
+    tower = whisper_spec(source, config, weights, path, (PAIRS,))
+    if source.model_type == TOWER:
+        return tower
+    tower = replace(tower, language_model_path="model.language_model")
+    return _with_language_model(source, tower) if source.ref.path == "full_forward" else tower
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the language model from a parsed `config.json`."""
+    return TEXT_DEFAULTS | dict(config.get("text_config") or {})
+
+
+def _with_language_model(source: EncoderSource, tower: EncoderSpec) -> EncoderSpec:
+    folder, (stage,) = source.folder, tower.stages
+    weights = sorted({file for prefixes in PARTS.values() for file in weight_files(folder, prefixes)})
+    configs = [folder / "config.json", folder / PREPROCESSOR]
+    inside = replace(stage, block_path=f"audio_tower.{stage.block_path}")
+    return replace(
+        tower,
+        fingerprint=fingerprint(configs, weights, tower.family, "full_forward"),
+        stages=(inside, _language_model_stage(source)),
+        pooling_windows=(),
+        path="full_forward",
+        tower_alone=tower,
+    )
+
+
+def _language_model_stage(source: EncoderSource) -> Stage:
+    folder, config = source.folder, text_config(source.config)
+    if config.get("model_type", "qwen2") != "qwen2" or config.get("use_sliding_window"):
+        raise EncoderError(
+            f"{folder}: text_config in config.json asks for a language model other than Qwen2 with full attention, "
+            "which this program does not run; leave --path out to use the audio tower alone"
+        )
+    width, wide = positive(config, "hidden_size", folder), positive(config, "intermediate_size", folder)
+    heads = positive(config, "num_attention_heads", folder)
+    head_width = config.get("head_dim") or width // heads
+    queries, keys = heads * head_width, (config["num_key_value_heads"] or heads) * head_width
+    sizes = {
+        "self_attn.q_proj": (width, queries),
+        "self_attn.k_proj": (width, keys),
+        "self_attn.v_proj": (width, keys),
+        "self_attn.o_proj": (queries, width),
+        "mlp.gate_proj": (width, wide),
+        "mlp.up_proj": (width, wide),
+        "mlp.down_proj": (wide, width),
+    }
+    return Stage(
+        block_path="language_model.layers.{}",
+        layers=positive(config, "num_hidden_layers", folder),
+        width=width,
+        targets={suffix.partition(".")[2]: LinearTarget(suffix, *size) for suffix, size in sizes.items()},
+        aliases=TEXT_ALIASES,
+        windows=(PAIRS,),
+        part="language_model",
+    )
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
+    if spec.tower_alone:
+        from tuner.encoders.qwen2_audio_full import load_full_forward
+
+        return load_full_forward(spec, dtype, device)
     from tuner.encoders.qwen2_audio_tower import load_qwen2_audio
 
     return load_qwen2_audio(spec, dtype, device)
 
 
-FAMILIES = tuple(
-    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=WhisperFeatures)
-    for name, prefixes in PREFIXES.items()
+FAMILIES = (
+    Family(
+        model_type=WHOLE,
+        prefixes=PREFIXES[WHOLE],
+        inspect=inspect,
+        load=_load,
+        load_features=WhisperFeatures,
+        paths=("audio_tower", "full_forward"),
+        behind_tower=tuple(prefixes for prefixes in PARTS.values() if prefixes != PREFIXES[WHOLE]),
+    ),
+    Family(model_type=TOWER, prefixes=PREFIXES[TOWER], inspect=inspect, load=_load, load_features=WhisperFeatures),
 )

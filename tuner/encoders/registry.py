@@ -52,12 +52,14 @@ def inspect_encoder(ref: EncoderRef) -> EncoderSpec:
     Of a hub id the configuration is fetched into the hub's cache, then the weight files that hold the encoder.
 
     Raises:
-        EncoderError: no such folder or hub id, no weights, an unknown family, quantised or pickled weights.
+        EncoderError: no such folder or hub id, no weights, an unknown family, quantised or pickled weights, or a path
+            that the family does not have.
     """
     folder = resolve_folder(ref.source, CONFIG_PATTERNS)
     source = _ctranslate2_source(ref, folder) or _transformers_source(ref, folder)
     family = _family_of(source)
-    fetch_weights(ref.source, folder, family.prefixes)
+    full = _goes_beyond_tower(ref, family)
+    fetch_weights(ref.source, folder, (family.prefixes, *(family.behind_tower if full else ())))
     return family.inspect(source)
 
 
@@ -96,6 +98,17 @@ def _transformers_source(ref: EncoderRef, folder: Path) -> EncoderSource:
         # A folder without both is told about its weights first: that is the larger thing to fetch.
         weight_files(folder)
     return EncoderSource(ref, folder, "transformers", read_json(folder / "config.json"))
+
+
+def _goes_beyond_tower(ref: EncoderRef, family: Family) -> bool:
+    """Whether the path asked for leads through what is behind the family's tower."""
+    if ref.path == "full_forward" and ref.path not in family.paths:
+        able = sorted(name for name, other in _FAMILIES.items() if other.behind_tower)
+        raise EncoderError(
+            f"{ref.source}: of {family.model_type} the audio encoder alone is run, so it has no path full_forward; "
+            f"leave --path out ({', '.join(able)} has it)"
+        )
+    return ref.path == "full_forward"
 
 
 def _family_of(source: EncoderSource) -> Family:

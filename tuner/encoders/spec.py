@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from tuner.config import EncoderPath
+
 CheckpointKind = Literal["transformers", "ctranslate2"]
 Part = Literal["tower", "language_model"]  # of a model that hears: its audio tower, and what reads behind it
 
@@ -78,6 +80,17 @@ class EncoderSpec:
     stages: tuple[Stage, ...]
     stem_windows: tuple[Window, ...]
     pooling_windows: tuple[Window, ...] = ()
+    path: EncoderPath = "audio_tower"
+    # Where transformers has the tower in its whole model: "" where the folder holds a tower alone, None where the
+    # whole model is the encoder, so that there is no shorter path than `full_forward`.
+    tower_path: str | None = None
+    language_model_path: str | None = None  # likewise; None where no language model can be run behind the tower
+    tower_alone: EncoderSpec | None = None  # of `full_forward` through a language model: the same tower by itself
+
+    @property
+    def features_fingerprint(self) -> str:
+        """What prepared features belong to: the same whether a language model runs behind the tower or not."""
+        return self.tower_alone.fingerprint if self.tower_alone else self.fingerprint
 
     @property
     def num_layers(self) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WHOLE, TOWER = "voxtral", "voxtral_encoder"
 PREFIXES = {WHOLE: ("audio_tower.", "model.audio_tower."), TOWER: ("",)}
+TOWER_PATHS = {WHOLE: "model.audio_tower", TOWER: ""}
 # The nested configuration of a whole model may leave out what equals the defaults: the sizes of Voxtral-Mini-3B.
 DEFAULTS = {
     "hidden_size": 1280,
@@ -48,7 +49,8 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     """
     config = tower_config(source.config, DEFAULTS)
     weights = weight_files(source.folder, PREFIXES[source.model_type])
-    return whisper_spec(source, {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}, weights)
+    names = {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}
+    return whisper_spec(source, names, weights, TOWER_PATHS[source.model_type])
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:

@@ -79,6 +79,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
         max_seconds=float(MAX_SECONDS),
         stages=(Stage("encoder.layers.{}", layers, width, targets, ALIASES),),
         stem_windows=_convolutions(source),
+        path="full_forward",
     )
 
 
@@ -138,6 +139,13 @@ def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
 
 
 FAMILIES = tuple(
-    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=WaveformFeatures)
+    Family(
+        model_type=name,
+        prefixes=prefixes,
+        inspect=inspect,
+        load=_load,
+        load_features=WaveformFeatures,
+        paths=("full_forward",),
+    )
     for name, prefixes in PREFIXES.items()
 )

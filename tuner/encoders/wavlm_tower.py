@@ -31,7 +31,7 @@ class PackedWavLMAttention(WavLMAttention):
 
         def score_bias(group: Group) -> Tensor:
             bias_H1TT = position_bias[:, None, : group.width, : group.width]
-            return padded(gate_HN1, group) * bias_H1TT
+            return padded(gate_HN1[:, group.start : group.stop], group) * bias_H1TT
 
         query, key, value = (self._heads(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj))
         attended_1NHd, _ = packed_attention(

@@ -61,13 +61,14 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     folder = source.folder
     converted = source.checkpoint == "ctranslate2"
     weights = [folder / ctranslate2.FILE_NAME] if converted else weight_files(folder, PREFIXES)
-    return whisper_spec(source, encoder_config(folder, source.checkpoint), weights)
+    return whisper_spec(source, encoder_config(folder, source.checkpoint), weights, "model.encoder")
 
 
 def whisper_spec(
     source: EncoderSource,
     config: Mapping[str, Any],
     weights: Sequence[Path],
+    tower_path: str,
     pooling_windows: tuple[Window, ...] = (),
 ) -> EncoderSpec:
     """Facts of a tower that is built like Whisper's encoder, of whatever family.
@@ -75,7 +76,7 @@ def whisper_spec(
     Args:
         config: of the tower, in the names of Whisper's configuration.
         weights: files that hold the tower.
-        pooling_windows: see `EncoderSpec`.
+        tower_path, pooling_windows: see `EncoderSpec`.
 
     Raises:
         EncoderError: a field is missing from the configuration.
@@ -100,6 +101,7 @@ def whisper_spec(
         stages=(Stage("layers.{}", positive(config, "encoder_layers", folder), width, targets, ALIASES),),
         stem_windows=CONVOLUTIONS,
         pooling_windows=pooling_windows,
+        tower_path=tower_path,
     )
 
 
