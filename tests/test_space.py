@@ -19,7 +19,7 @@ from tuner.errors import PlacementError, SpaceError
 from tuner.space import SearchSpace, list_spaces, load_space
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SHIPPED = ["attention_mlp", "attention_only", "full", "query_value", "top_layers"]
+SHIPPED = ["attention_mlp", "attention_only", "full", "placement", "query_value", "top_layers"]
 # The recommendation that every search starts from.
 RECOMMENDED = TrialConfig(
     lora=LoraSpec(rank=16, alpha_ratio=2.0, dropout=0.1, targets=("q_proj", "k_proj", "v_proj", "o_proj"))

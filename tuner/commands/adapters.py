@@ -19,7 +19,6 @@ def evaluate(
 ) -> None:
     """Load an adapter with plain PEFT into a fresh encoder and measure retrieval on one split."""
     from tuner.commands.inputs import DataChoice, find_store
-    from tuner.config import EncoderRef
     from tuner.data.store import Store
     from tuner.train.evaluate import load, nested
     from tuner.train.export import read_card
@@ -29,7 +28,7 @@ def evaluate(
     pad = card.encoder.pad_to_30s
     prepared_for = DataChoice(data, encoder or card.encoder.source, text_encoder or card.text_encoder, pad)
     store = Store.open(find_store(prepared_for))
-    loaded = load(adapter, EncoderRef(source=encoder, pad_to_30s=pad) if encoder else None)
+    loaded = load(adapter, card.encoder.model_copy(update={"source": encoder}) if encoder else None)
     result = loaded.evaluate(store, split)
     metrics, intervals = result.metrics(), bootstrap(result)
     if json:
@@ -47,14 +46,13 @@ def embed(
 ) -> None:
     """Write embeddings of new recordings; compare them with the text encoder's by dot product."""
     from tuner.commands.inputs import progress_bar, say
-    from tuner.config import EncoderRef
     from tuner.train.embed import embed_files, find_recordings
     from tuner.train.evaluate import load
     from tuner.train.export import read_card
 
     files = find_recordings(audio)
-    pad = read_card(adapter).encoder.pad_to_30s
-    loaded = load(adapter, EncoderRef(source=encoder, pad_to_30s=pad) if encoder else None)
+    made_for = read_card(adapter).encoder
+    loaded = load(adapter, made_for.model_copy(update={"source": encoder}) if encoder else None)
     with progress_bar("embedding recordings") as progress:
         written, rejects = embed_files(loaded, files, out, progress)
     for path, reason in rejects:

@@ -15,6 +15,7 @@ from tuner.errors import ConfigError
 
 if TYPE_CHECKING:
     from tuner.data.store import Store
+    from tuner.space import SearchSpace
 
 DEMO = "demo"
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
@@ -65,6 +66,25 @@ def make_store(manifest: Path, choice: DataChoice, out: Path | None, options: ob
     outcome = "prepared before" if result.reused else f"{result.rejects} rejects"
     say(f"{result.store}: {result.clips} clips, {outcome}")
     return result.store
+
+
+def choose_path(encoder: EncoderRef, path: str | None, space: SearchSpace) -> EncoderRef:
+    """The encoder with the path that was asked for, or else the shortest that the space needs, which is then said.
+
+    Raises:
+        ConfigError: there is no such path.
+        EncoderError: as `inspect_encoder`.
+    """
+    from tuner.encoders.registry import inspect_encoder
+
+    if path is not None:
+        return EncoderRef.parse({**encoder.model_dump(), "path": path}, "--path")
+    beyond = [placement for placement in space.placements if placement != "tower"]
+    # Without a language model to run, the placement is what is wrong, and is said to be.
+    if not beyond or inspect_encoder(encoder).language_model_path is None:
+        return encoder
+    say(f"space {space.name} adapts the language model ({', '.join(beyond)}): taking --path full_forward")
+    return encoder.model_copy(update={"path": "full_forward"})
 
 
 def _demo_store(choice: DataChoice) -> Path:

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from tuner.search.study import SearchRequest
+    from tuner.space import SearchSpace
 
 # Epoch metrics that can be searched for.
 METRICS = tuple(
@@ -27,6 +28,13 @@ def search(
     encoder: Annotated[str | None, typer.Option(help="audio encoder; needed when --data is a manifest")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="text encoder; needed when --data is a manifest")] = None,
     pad_to_30s: Annotated[bool, typer.Option("--pad-to-30s", help="the original 30 s window for every clip")] = False,
+    placement: Annotated[
+        str | None, typer.Option(help="adapt the tower, language_model or both; default: as the space says")
+    ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(help="audio_tower, or full_forward through the language model; default: what the space needs"),
+    ] = None,
     objective: Annotated[
         list[str] | None,
         typer.Option(help="a metric to maximise, and trainable_parameters to minimise; repeat for both (the default)"),
@@ -69,7 +77,7 @@ def search(
         choice = DataChoice(data, encoder, text_encoder, pad_to_30s)
         values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
         values["off_path"] = off_path
-        request = _new_request(space, choice, objective, study, runs, values)
+        request = _new_request(_load_space(space, placement), choice, path, objective, study, runs, values)
         request = replace(request, trials=trials or DEFAULT_TRIALS, seed=seed)
     request = replace(request, address=address, dashboard=dashboard, fleet=options)
     try:
@@ -102,24 +110,34 @@ def _folder(runs: Path, study: str) -> Path:
     return path if path.is_dir() and not (runs / study).is_dir() else runs / study
 
 
+def _load_space(name: str, placement: str | None) -> SearchSpace:
+    from tuner.space import load_space
+
+    space = load_space(name)
+    return space if placement is None else space.with_placement(placement)
+
+
 def _new_request(
-    space: str, choice: Any, objective: list[str] | None, study: str | None, runs: Path, values: dict[str, Any]
+    space: SearchSpace,
+    choice: Any,
+    path: str | None,
+    objective: list[str] | None,
+    study: str | None,
+    runs: Path,
+    values: dict[str, Any],
 ) -> SearchRequest:
-    from tuner.commands.inputs import find_store
+    from tuner.commands.inputs import choose_path, find_store
     from tuner.config import RunSettings
     from tuner.data.store import Store
     from tuner.search.study import SearchRequest, check_new
-    from tuner.space import load_space
 
-    loaded = load_space(space)
     metric, minimise = parse_objectives(objective)
-    run_dir = runs / (study or _free_name(runs, loaded.name))
+    run_dir = runs / (study or _free_name(runs, space.name))
     check_new(run_dir)
     store = find_store(choice)
-    settings = RunSettings.parse(
-        {"store": str(store.resolve()), "encoder": Store.open(store).encoder, **values}, "tuner search"
-    )
-    return SearchRequest(run_dir, loaded, settings, metric, minimise)
+    encoder = choose_path(Store.open(store).encoder, path, space)
+    settings = RunSettings.parse({"store": str(store.resolve()), "encoder": encoder, **values}, "tuner search")
+    return SearchRequest(run_dir, space, settings, metric, minimise)
 
 
 def _free_name(runs: Path, name: str) -> str:

@@ -28,15 +28,25 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.errors import AdapterError, PlacementError
 from tuner.lora.dropout import LoraDropout
 from tuner.lora.linear import LoraLinear
-from tuner.lora.placement import Placement, StagePlacement, resolve_placement
+from tuner.lora.placement import Placement, StagePlacement, encoding_spec, resolve_placement
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FILE_PREFIX = "base_model.model."  # where a PeftModel holds the tower
 
 
+def on_path(encoder: AudioEncoder, lora: LoraSpec | None) -> AudioEncoder:
+    """The encoder as far as a trial with this LoRA runs it, of the same weights; see `encoding_spec`.
+
+    Raises:
+        PlacementError: as `encoding_spec`.
+    """
+    spec = encoding_spec(encoder.spec, lora)
+    return encoder if spec is encoder.spec else encoder.tower_alone
+
+
 def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
-    """Put a fresh LoRA called `name` on the tower and make it the active one.
+    """Put a fresh LoRA called `name` on the encoder that `on_path` gives and make it the active one.
 
     A and B are fp32 whatever the base is: at bf16 steps of AdamW round away. They are drawn on the CPU from torch's
     global generator, block by block, so a seed gives the same adapter on every device and base precision.
@@ -45,6 +55,9 @@ def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
         PlacementError: a target does not exist, or PEFT matched other modules than the placement says.
     """
     placement = resolve_placement(encoder.spec, lora)
+    assert on_path(encoder, lora) is encoder, (
+        f"a LoRA on the {lora.placement} runs another path of {encoder.spec.source}"
+    )
     assert name not in names(encoder), f"adapter {name} is attached already"
     with _own_peft_config(encoder.tower):
         # Without weights at first: PEFT would draw them in the base's precision, which loses bits in bf16.
@@ -123,7 +136,8 @@ def save_adapter(encoder: AudioEncoder, name: str, folder: Path, lora: LoraSpec)
     Raises:
         AdapterError: the folder cannot be written.
     """
-    state = peft.get_peft_model_state_dict(encoder.tower, adapter_name=name)
+    # Word embeddings are never trained here, and PEFT would look for them on a hub.
+    state = peft.get_peft_model_state_dict(encoder.tower, adapter_name=name, save_embedding_layers=False)
     tensors = {_FILE_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     config = _peft_config(encoder.spec, lora)
     config.inference_mode = True

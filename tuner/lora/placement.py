@@ -8,8 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tuner.config import HeadSpec, LoraSpec, TrialConfig
-from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage
+from tuner.encoders.spec import EncoderSpec, LinearTarget, Part, Stage
 from tuner.errors import PlacementError
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer of the adapted blocks
+_PARTS: dict[str, tuple[Part, ...]] = {
+    "tower": ("tower",),
+    "language_model": ("language_model",),
+    "both": ("tower", "language_model"),
+}
+_BLOCKS_OF: dict[Part, str] = {"tower": "", "language_model": "the language model of "}
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,53 @@ class Placement:
         return tuple(module for stage in self.stages for module in stage.modules)
 
 
+def encoding_spec(spec: EncoderSpec, lora: LoraSpec | None) -> EncoderSpec:
+    """The encoder as far as a trial runs it: to the end of its tower, or on through the language model.
+
+    The embedding leaves where the adapted part ends, so a trial of `tower`, or without LoRA, costs and gives the same
+    whether a language model is loaded or not.
+
+    Raises:
+        PlacementError: the LoRA goes into a language model that is not there, or that the encoder's path never runs.
+    """
+    if lora is None or lora.placement == "tower":
+        return spec.tower_alone or spec
+    if spec.tower_alone:
+        return spec
+    if spec.language_model_path is None:
+        raise PlacementError(
+            f"lora.placement: {spec.source} ({spec.family}) has no language model that could be adapted; give tower "
+            "instead of " + lora.placement
+        )
+    raise PlacementError(
+        f"lora.placement: {lora.placement} adapts the language model of {spec.source}, which the path {spec.path} "
+        "never runs; give --path full_forward"
+    )
+
+
 def resolve_placement(spec: EncoderSpec, lora: LoraSpec) -> Placement:
     """Resolve aliases and a negative `first_layer` against one encoder; targets named twice count once.
 
+    Modules and layers are those of the `encoding_spec`. Each part that is adapted takes those of the targets that it
+    has, from its own `first_layer` on.
+
     Raises:
-        PlacementError: a target that no block has, or a first layer that does not exist; lists what is there.
+        PlacementError: as `encoding_spec`; a target that no block has, or a first layer that does not exist; lists
+            what is there.
     """
-    _check_targets(spec, lora.targets)
-    first = _first_layer(spec, lora.first_layer)
+    spec = encoding_spec(spec, lora)
+    parts = _PARTS[lora.placement]
+    _check_targets(spec, parts, lora.targets)
+    firsts = {part: _first_layer(spec, part, lora.first_layer) for part in parts}
     placed: list[StagePlacement] = []
     layers: list[int] = []
     names: dict[str, None] = {}
     for index, stage in enumerate(spec.stages):
+        if stage.part not in firsts:
+            continue
         targets = _stage_targets(stage, lora.targets)
         start = spec.first_block(index)
-        adapted = range(max(first, start), start + stage.layers)
+        adapted = range(max(firsts[stage.part], start), start + stage.layers)
         if targets and adapted:
             blocks = stage.block_names()[adapted.start - start :]
             placed.append(StagePlacement(blocks, tuple(stage.targets[name] for name in targets)))
@@ -87,33 +127,39 @@ def trainable_parameters(spec: EncoderSpec, config: TrialConfig, text_dim: int) 
     """
     lora = lora_parameters(spec, config.lora) if config.lora else 0
     loss = int(config.loss.learn_temperature) + int(config.loss.kind == "siglip")
-    return lora + head_parameters(spec.hidden_size, config.head, text_dim) + loss
+    return lora + head_parameters(encoding_spec(spec, config.lora).hidden_size, config.head, text_dim) + loss
 
 
 def _stage_targets(stage: Stage, names: Iterable[str]) -> tuple[str, ...]:
     """The stage's own names of the targets that it has, in its own order."""
+    if ALL_LINEAR in names:
+        return tuple(stage.targets)
     wanted = {own for name in names for own in ((name,) if name in stage.targets else stage.aliases.get(name, ()))}
     return tuple(name for name in stage.targets if name in wanted)
 
 
-def _check_targets(spec: EncoderSpec, names: Iterable[str]) -> None:
+def _check_targets(spec: EncoderSpec, parts: tuple[Part, ...], names: Iterable[str]) -> None:
+    stages = [stage for stage in spec.stages if stage.part in parts]
     for name in names:
-        if any(_stage_targets(stage, (name,)) for stage in spec.stages):
+        if any(_stage_targets(stage, (name,)) for stage in stages):
             continue
-        there = dict.fromkeys(own for stage in spec.stages for own in stage.targets)
-        aliases = dict.fromkeys(alias for stage in spec.stages for alias in stage.aliases)
+        there = dict.fromkeys(own for stage in stages for own in stage.targets)
+        aliases = dict.fromkeys(alias for stage in stages for alias in stage.aliases)
         near = difflib.get_close_matches(name, [*there, *aliases], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise PlacementError(
-            f"lora.targets: the blocks of {spec.source} ({spec.family}) have no {name!r}; "
+            f"lora.targets: the blocks of {_BLOCKS_OF[parts[0]]}{spec.source} ({spec.family}) have no {name!r}; "
             f"there are {', '.join(there)}{hint}"
         )
 
 
-def _first_layer(spec: EncoderSpec, first: int) -> int:
-    if not -spec.num_layers <= first < spec.num_layers:
+def _first_layer(spec: EncoderSpec, part: Part, first: int) -> int:
+    """Depth of the first adapted block of a part."""
+    stages = [index for index, stage in enumerate(spec.stages) if stage.part == part]
+    count = sum(spec.stages[index].layers for index in stages)
+    if not -count <= first < count:
         raise PlacementError(
-            f"lora.first_layer: {first} is outside the {spec.num_layers} blocks of {spec.source} ({spec.family}); "
-            f"give 0 to {spec.num_layers - 1}, or -{spec.num_layers} to -1 counted from the top"
+            f"lora.first_layer: {first} is outside the {count} blocks of {_BLOCKS_OF[part]}{spec.source} "
+            f"({spec.family}); give 0 to {count - 1}, or -{count} to -1 counted from the top"
         )
-    return first % spec.num_layers
+    return spec.first_block(stages[0]) + first % count

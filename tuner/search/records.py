@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuner.config import TrialConfig
+from tuner.config import LoraSpec, TrialConfig
 from tuner.errors import StudyError
 
 STUDY_FILE = "study.json"
@@ -150,9 +150,7 @@ class Journal:
 
 def flat_config(config: TrialConfig) -> Row:
     """A configuration as columns with dotted names; `lora.*` is null for the projection alone."""
-    flat: Row = {
-        f"lora.{field}": None for field in ("rank", "alpha_ratio", "dropout", "targets", "first_layer", "rslora")
-    }
+    flat: Row = {f"lora.{field}": None for field in LoraSpec.model_fields}
     for group, values in config.model_dump(mode="json").items():
         if isinstance(values, dict):
             flat |= {f"{group}.{field}": value for field, value in values.items()}

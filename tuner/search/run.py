@@ -50,6 +50,8 @@ def run_search(request: SearchRequest, view: View, resume: bool = False) -> dict
     try:
         with connected(request.address, request.dashboard) as dashboard_url:
             view.start(_header(request, dashboard_url))
+            if spec.tower_path is None:
+                view.message(f"{spec.source} is no tower inside a larger model: all of it runs (path full_forward)")
             front = _Search(request, record, journal, view, spec, store).run()
     finally:
         journal.close()

@@ -67,7 +67,7 @@ def check_fit(request: SearchRequest, spec: EncoderSpec, store: Store) -> None:
         PlacementError: the space names a target or layer this encoder does not have.
         DataError: a split is missing.
     """
-    if store.encoder_fingerprint != spec.fingerprint:
+    if store.encoder_fingerprint != spec.features_fingerprint:
         raise StudyError(
             f"{request.settings.store}: prepared for another encoder than {spec.source}; "
             f"run `tuner prepare` with --encoder {spec.source}"
@@ -153,6 +153,7 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
             "source": spec.source,
             "num_layers": spec.num_layers,
             "hidden_size": spec.hidden_size,
+            "path": spec.path,
         },
         "data": {**counts, "captions": len(store.captions)},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

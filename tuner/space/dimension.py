@@ -26,6 +26,7 @@ from tuner.config import Frozen, TrialConfig
 from tuner.errors import SpaceError
 
 TARGETS = "lora.targets"
+PLACEMENT = "lora.placement"
 
 
 def _scalar(value: object) -> object:

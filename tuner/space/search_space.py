@@ -29,10 +29,10 @@ from pydantic import Field, ValidationError, model_validator
 from tuner.config import Frozen, LoraSpec, TrialConfig, read_yaml
 from tuner.errors import ConfigError, SpaceError
 from tuner.space.checks import check_space, describe, resolve_modules
-from tuner.space.dimension import TARGETS, Dimension, SuggestProtocol
+from tuner.space.dimension import PLACEMENT, TARGETS, Dimension, SuggestProtocol
 
 # Fields that decide which modules are adapted, that never change a parameter count, and with which the count grows.
-STRUCTURAL = frozenset({TARGETS, "lora.first_layer"})
+STRUCTURAL = frozenset({TARGETS, "lora.first_layer", PLACEMENT})
 COUNT_NEUTRAL = frozenset({"lora.alpha_ratio", "lora.dropout", "lora.rslora", "loss.temperature", "pooling"})
 GROWS_WITH = frozenset({"lora.rank", "head.hidden"})
 MAX_COMBINATIONS = 10_000
@@ -90,6 +90,26 @@ class SearchSpace(Frozen):
     def to_yaml(self) -> str:
         """The space as YAML that `from_file` reads back."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    @property
+    def placements(self) -> tuple[str, ...]:
+        """What its trials adapt of a model: `tower`, `language_model`, `both`; nothing where they have no LoRA."""
+        if TARGETS not in self.fixed and TARGETS not in self.dimensions:
+            return ()
+        if PLACEMENT in self.dimensions:
+            return tuple(map(str, self.dimensions[PLACEMENT].values()))
+        return (str(self.fixed.get(PLACEMENT, "tower")),)
+
+    def with_placement(self, placement: str) -> SearchSpace:
+        """The same space with one placement for all of its trials, whatever the file says.
+
+        Raises:
+            SpaceError: there is no such placement, or the rest of the space does not allow it.
+        """
+        values = self.to_dict()
+        values["fixed"] = {**values.get("fixed", {}), PLACEMENT: placement}
+        values["dimensions"].pop(PLACEMENT, None)
+        return SearchSpace.from_dict(values, f"space {self.name} with placement {placement}")
 
     def sample(self, trial: SuggestProtocol) -> TrialConfig:
         """Ask the trial for each active dimension, by dotted path and in file order, and build the configuration."""

@@ -20,7 +20,7 @@ from tuner.data.store import Store
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import AdapterError
-from tuner.lora.adapter import detach, load_adapter
+from tuner.lora.adapter import detach, load_adapter, on_path
 from tuner.train.export import Card, load_head, read_card
 from tuner.train.metrics import DIRECTIONS, Metrics, Retrieval
 from tuner.train.model import ProjectionHead, pool_clips
@@ -60,7 +60,7 @@ class LoadedAdapter:
             AdapterError: the store was prepared with another encoder or text encoder.
             DataError: the store has no such split.
         """
-        check_store(self.card, store)
+        check_store(self.card, self.encoder.spec.features_fingerprint, store)
         clips = store.split(split)
         return retrieve_split(store, clips, self.embed(store, clips))
 
@@ -80,21 +80,30 @@ def load(folder: Path, encoder: EncoderRef | None = None, device: str = "cpu") -
 
 
 def attach_exported(folder: Path, card: Card, encoder: AudioEncoder) -> LoadedAdapter:
-    """Put an exported adapter into an encoder that holds none."""
+    """Put an exported adapter into an encoder that holds none.
+
+    Raises:
+        AdapterError: files are missing or damaged, or do not fit the encoder.
+        PlacementError: the encoder's path does not reach what the adapter adapts.
+    """
+    encoder = on_path(encoder, card.config.lora)
     if card.config.lora:
         load_adapter(encoder, folder, ADAPTER)
     head, _ = load_head(folder, card, encoder)
     return LoadedAdapter(card, encoder, head.to(encoder.device))
 
 
-def check_store(card: Card, store: Store) -> None:
+def check_store(card: Card, features_fingerprint: str, store: Store) -> None:
     """Refuse a store whose features or text embeddings the adapter was not trained on.
+
+    Args:
+        features_fingerprint: of the adapter's encoder.
 
     Raises:
         AdapterError: says which of the two differs.
     """
     for part, made_for, given in (
-        ("audio encoder", card.encoder_fingerprint, store.encoder_fingerprint),
+        ("audio encoder", features_fingerprint, store.encoder_fingerprint),
         ("text encoder", card.text_fingerprint, store.text_fingerprint),
     ):
         if made_for != given:

@@ -59,11 +59,11 @@ class Card:
 
 
 def make_card(member: Member, store: Store, settings: RunSettings, precision: Precision) -> Card:
-    """Describe a trained member."""
+    """Describe a trained member: its encoder as far as it runs it, which is what it needs to be loaded again."""
     placement = member.placement
     return Card(
         trial=member.trial,
-        encoder=settings.encoder,
+        encoder=settings.encoder.model_copy(update={"path": member.encoder.spec.path}),
         encoder_fingerprint=member.encoder.spec.fingerprint,
         text_encoder=store.text_encoder,
         text_fingerprint=store.text_fingerprint,
@@ -98,6 +98,7 @@ def _write(member: Member, card: Card, settings: RunSettings, folder: Path) -> N
         lora_adapter.save_adapter(member.encoder, member.trial, folder, member.config.lora)
     tensors = nn.ModuleDict({"head": member.head, "loss": member.loss}).state_dict()
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / HEAD_FILE)
+    settings = settings.model_copy(update={"encoder": card.encoder})
     retrain = {"trial": member.config.model_dump(mode="json"), "settings": settings.model_dump(mode="json")}
     (folder / TRIAL_FILE).write_text(yaml.safe_dump(retrain, sort_keys=False), encoding="utf-8")
     (folder / CARD_FILE).write_text(json.dumps(card.to_dict(), indent=2) + "\n", encoding="utf-8")

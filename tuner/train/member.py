@@ -26,9 +26,13 @@ CHECKPOINT_FORMAT = 1
 
 
 class Member:
-    """An adapter attached to a shared encoder, at the start of its training or where a checkpoint left it."""
+    """An adapter attached to a shared encoder, at the start of its training or where a checkpoint left it.
+
+    Its `encoder` is the shared one as far as this trial runs it: to the end of the tower unless its LoRA goes beyond.
+    """
 
     def __init__(self, trial: str, config: TrialConfig, encoder: AudioEncoder, text_dim: int, total_steps: int) -> None:
+        encoder = lora_adapter.on_path(encoder, config.lora)
         self.trial, self.config, self.encoder = trial, config, encoder
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -122,7 +126,9 @@ class Member:
         Raises:
             StudyError: the checkpoint is of another configuration.
         """
-        if state["format"] != CHECKPOINT_FORMAT or state["config"] != self.config.model_dump(mode="json"):
+        # Compared as configurations: a field that is newer than the checkpoint has its default there.
+        config = TrialConfig.parse(state["config"], f"checkpoint of {self.trial}")
+        if state["format"] != CHECKPOINT_FORMAT or config != self.config:
             raise StudyError(
                 f"checkpoint of {self.trial}: made by another configuration or version; remove it to start over"
             )

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,10 @@ class Pack:
         self.train_clips = self.store.split("train")
         self.length_N = row_lengths(self.encoder, self.store)
         self.text_MD = torch.from_numpy(np.array(self.store.text_embeddings)).to(self.device)
-        self._prefixes: dict[int, Prefix] = {}
+        # By the fingerprint of the encoder as far as a member runs it, and by depth.
+        self._prefixes: dict[tuple[str, int], Prefix] = {}
+        self._lengths: dict[tuple[str, int], NDArray[np.int64]] = {}
+        self._paths: dict[str, EncodingPath] = {}
         self._frozen_table: Tensor | None = None
 
     @property
@@ -75,7 +77,7 @@ class Pack:
         member = Member(trial, config, self.encoder, self.store.text_dim, self.total_steps)
         try:
             if member.placement:
-                member.warning = check_placement(member.placement, self.path, self.settings.off_path)
+                member.warning = check_placement(member.placement, self.path(member.encoder), self.settings.off_path)
             if checkpoint is not None and checkpoint.exists():
                 member.load(read_checkpoint(checkpoint))
         except BaseException:
@@ -84,28 +86,43 @@ class Pack:
         self.members[trial] = member
         return member
 
-    @cached_property
-    def path(self) -> EncodingPath:
+    def path(self, encoder: AudioEncoder) -> EncodingPath:
         """Which linear layers the embedding depends on, traced once on two short training clips."""
-        clips = self.train_clips[clips_to_trace(self.length_N[self.train_clips])]
-        features = [self.store.features(int(clip)) for clip in clips]
-        return trace_path(self.encoder, features, self.store.frames[clips].tolist())
+        key = encoder.spec.fingerprint
+        if key not in self._paths:
+            clips = self.train_clips[clips_to_trace(self.length_N[self.train_clips])]
+            features = [self.store.features(int(clip)) for clip in clips]
+            self._paths[key] = trace_path(encoder, features, self.store.frames[clips].tolist())
+        return self._paths[key]
 
     def detach(self, trial: str) -> None:
         """Remove an adapter and everything it held."""
         self.members.pop(trial).detach()
 
-    def prefix(self, depth: int) -> Prefix:
-        """Hidden states below block `depth`, from the machine's cache when there is one."""
-        if depth not in self._prefixes:
+    def prefix(self, depth: int, encoder: AudioEncoder | None = None) -> Prefix:
+        """Hidden states below block `depth`, from the machine's cache when there is one.
+
+        Args:
+            encoder: as far as a member runs it; by default the whole of what is loaded.
+        """
+        encoder = encoder or self.encoder
+        key = (encoder.spec.fingerprint, depth)
+        if key not in self._prefixes:
             context = self.context
             if context.prefix_root is None:
-                self._prefixes[depth] = LivePrefix(self.encoder, self.store, depth)
+                self._prefixes[key] = LivePrefix(encoder, self.store, depth)
             else:
-                activate(self.encoder, None)
+                activate(encoder, None)
                 budget = self.settings.tokens_per_forward
-                self._prefixes[depth] = open_prefix(self.encoder, self.store, depth, context.prefix_root, budget)
-        return self._prefixes[depth]
+                self._prefixes[key] = open_prefix(encoder, self.store, depth, context.prefix_root, budget)
+        return self._prefixes[key]
+
+    def lengths(self, member: Member) -> NDArray[np.int64]:
+        """Tokens of each clip of the store that enter the first block which this member runs itself."""
+        key = (member.encoder.spec.fingerprint, 0 if member.placement is None else member.depth)
+        if key not in self._lengths:
+            self._lengths[key] = row_lengths(member.encoder, self.store, key[1])
+        return self._lengths[key]
 
     def train_epoch(
         self, trials: Sequence[str], progress: StepProgress | None = None
@@ -155,7 +172,7 @@ class Pack:
 
     def _step(self, member: Member, batch: Batch, same_BB: Tensor) -> Tensor:
         workers = self.context.workers
-        lengths_B = self.length_N[batch.clips_B]
+        lengths_B = self.lengths(member)[batch.clips_B]
         positions = [shard(lengths_B, rank, workers.world) for rank in range(workers.world)]
         own = positions[workers.rank]
         with member.random_stream():
@@ -172,29 +189,31 @@ class Pack:
         return loss.detach()
 
     def _pool(self, member: Member, clips: NDArray[np.int64], training: bool) -> Tensor:
-        if member.depth == self.encoder.spec.num_layers:
+        if member.placement is None:
             pooled = self._frozen_pooled(clips)
             member.activate(training)
             return pooled
-        prefix = self.prefix(member.depth)
+        prefix, lengths = self.prefix(member.depth, member.encoder), self.lengths(member)[clips]
         member.activate(training)
-        return pool_clips(self.encoder, prefix, clips, self.length_N[clips], self.settings.tokens_per_forward)
+        return pool_clips(member.encoder, prefix, clips, lengths, self.settings.tokens_per_forward)
 
     def _frozen_pooled(self, clips: NDArray[np.int64]) -> Tensor:
-        """Pooled states of the encoder as it is: without LoRA nothing before the head ever changes."""
+        """Pooled states of the tower as it is: without LoRA nothing before the head ever changes."""
         if self._frozen_table is None:
-            budget, source = self.settings.tokens_per_forward, self.prefix(0)
-            activate(self.encoder, None)
+            encoder, budget = self.encoder.tower_alone, self.settings.tokens_per_forward
+            source = self.prefix(0, encoder)
+            activate(encoder, None)
             with torch.no_grad():
                 every = np.arange(len(self.store))
-                self._frozen_table = pool_clips(self.encoder, source, every, self.length_N, budget)
+                self._frozen_table = pool_clips(encoder, source, every, row_lengths(encoder, self.store), budget)
         return self._frozen_table[torch.from_numpy(clips).to(self.device)]
 
     @torch.no_grad()
     def embed(self, trial: str, clips: NDArray[np.int64]) -> Tensor:
         """Embeddings of clips, fp32 [len(clips), D], shared out over the workers; every worker gets all rows."""
         member, workers = self.members[trial], self.context.workers
-        positions = [shard(self.length_N[clips], rank, workers.world) for rank in range(workers.world)]
+        lengths = self.lengths(member)[clips]
+        positions = [shard(lengths, rank, workers.world) for rank in range(workers.world)]
         rows = member.head(self._pool(member, clips[positions[workers.rank]], training=False))
         return workers.join_rows(rows, [torch.from_numpy(part) for part in positions])
 
