@@ -1,4 +1,4 @@
-"""A tiny random Whisper encoder and a small synthetic store, shared by the tests of training, lanes and search."""
+"""Tiny random encoders and small synthetic stores, shared by the tests of training, lanes and search."""
 
 from __future__ import annotations
 
@@ -50,6 +50,36 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
     reference = EncoderRef(source=str(write_encoder(folder / "encoder")))
     return Tiny(reference, write_store(folder / "store", reference))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A whole Qwen2-Audio; its reference takes the path of the tower alone."""
+    folder = tmp_path_factory.mktemp("tiny-qwen")
+    reference = EncoderRef(source=str(write_qwen2_audio(folder / "encoder")))
+    return Tiny(reference, write_store(folder / "store", reference))
+
+
+def write_qwen2_audio(folder: Path) -> Path:
+    """A random Qwen2-Audio as Hugging Face saves it: the tower of `write_encoder`, and a wider language model."""
+    import torch
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    audio = {"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2}
+    audio |= {"encoder_ffn_dim": 48, "num_mel_bins": MELS, "max_source_positions": 100}
+    text = {"model_type": "qwen2", "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = Qwen2AudioForConditionalGeneration(
+        Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=50)
+    )
+    with torch.no_grad():
+        # transformers starts so near to zero that attention would hardly matter.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
 
 
 def write_encoder(folder: Path, layers: int = 3) -> Path:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tuner.config import EncoderRef, LoraSpec, OptimSpec, TrialConfig
+from tuner.config import EncoderPath, EncoderRef, LoraSpec, OptimSpec, Placed, TrialConfig
 from tuner.encoders import packed
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.registry import families, inspect_encoder, load_encoder, load_feature_extractor
@@ -37,6 +37,7 @@ RATE = 16_000
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 WAVEFORM_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense")
 WHISPER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+QWEN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 # Seconds of the clips: short and long, in no order, two of nearly the same length (they attend in one group).
 SECONDS = (0.83, 0.05, 2.0, 1.97, 0.311)
@@ -55,6 +56,8 @@ class Case:
     preprocessor: dict[str, Any] | None = None
     tower: str = ""  # where the tower is inside the model
     feature_channels: int = 128
+    placement: Placed = "tower"
+    part: str = ""  # of the tower, where it is adapted
 
 
 def sizes(**more: Any) -> dict[str, Any]:
@@ -85,6 +88,7 @@ def whisper(mels: int, **more: Any) -> Any:
 def qwen2_audio() -> Any:
     audio = {"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 4}
     text = {"model_type": "qwen2", "vocab_size": 200, "num_key_value_heads": 2, "pad_token_id": 0, **sizes()}
+    text |= {"hidden_size": 40}
     return transformers.Qwen2AudioForConditionalGeneration(
         transformers.Qwen2AudioConfig(
             audio_config=audio | {"encoder_ffn_dim": 48}, text_config=text, audio_token_index=150
@@ -226,6 +230,13 @@ def masked(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
     return states_1TD[0, : ((frames - 1) // 2 - 1) // 2 + 1]
 
 
+def full_forward(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """The original Qwen2-Audio through its language model, which reads the clip's tokens alone."""
+    tokens_TD = model.multi_modal_projector(masked(model.audio_tower, spec, clip))
+    states_1TD: Tensor = model.language_model(inputs_embeds=tokens_TD[None]).last_hidden_state
+    return states_1TD[0]
+
+
 NORMALISED = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": True, "sampling_rate": RATE}
 RAW = NORMALISED | {"do_normalize": False}
 # A window of 2.4 s instead of 30 s, which would take its time: nothing else depends on its length.
@@ -237,6 +248,20 @@ CASES = {
     ),
     "qwen2_audio": Case(qwen2_audio, WHISPER_TARGETS, masked, tower="model.audio_tower"),
     "qwen2_audio_encoder": Case(lambda: qwen2_audio().model.audio_tower, WHISPER_TARGETS, masked),
+    **{
+        f"qwen2_audio, {placement}": Case(
+            qwen2_audio,
+            targets,
+            full_forward,
+            tower="model",
+            placement=placement,
+            part=part,
+        )
+        for placement, targets, part in (
+            ("language_model", QWEN_TARGETS, "language_model."),
+            ("both", (*WHISPER_TARGETS, *(name for name in QWEN_TARGETS if name not in WHISPER_TARGETS)), ""),
+        )
+    },
     "voxtral": Case(voxtral, WHISPER_TARGETS, truncated, tower="model.audio_tower"),
     "voxtral_encoder": Case(lambda: voxtral().model.audio_tower, WHISPER_TARGETS, truncated),
     "voxtral, padded": Case(
@@ -279,7 +304,11 @@ class Made:
 
     @property
     def spec(self) -> EncoderSpec:
-        return inspect_encoder(EncoderRef(source=str(self.folder), pad_to_30s=self.case.pad_to_30s))
+        path: EncoderPath = "audio_tower" if self.case.placement == "tower" else "full_forward"
+        return inspect_encoder(EncoderRef(source=str(self.folder), pad_to_30s=self.case.pad_to_30s, path=path))
+
+    def lora(self, rank: int = 2, targets: tuple[str, ...] = ALL, first_layer: int = 0) -> LoraSpec:
+        return LoraSpec(rank=rank, targets=targets, first_layer=first_layer, placement=self.case.placement)
 
     def encoder(self, dtype: torch.dtype = torch.float32) -> AudioEncoder:
         return load_encoder(self.spec, dtype)
@@ -354,28 +383,41 @@ def test_features_are_stored_as_channels_by_frames(made: Made) -> None:
 
 def test_names_of_the_shipped_spaces_resolve(made: Made) -> None:
     """By layer, path and count, against the modules that are really there."""
-    spec, lora = made.spec, LoraSpec(rank=3, targets=ALL)
-    (stage,) = spec.stages
-    assert tuple(stage.targets) == made.case.targets
+    spec, lora = made.spec, made.lora(3)
     placement = resolve_placement(spec, lora)
-    assert placement == resolve_placement(spec, LoraSpec(rank=3, targets=made.case.targets))
+    assert placement.targets == made.case.targets
+    assert placement == resolve_placement(spec, made.lora(3, made.case.targets))
+    assert placement == resolve_placement(spec, made.lora(3, ("all-linear",)))
     # An adapter's configuration from one family is a space's input for another: both names of the output projection.
-    assert resolve_placement(spec, LoraSpec(rank=3, targets=("o_proj",))) == resolve_placement(
-        spec, LoraSpec(rank=3, targets=("out_proj",))
-    )
-    aliased = {name for names in stage.aliases.values() for name in names}
-    assert aliased <= set(stage.targets) and not set(stage.aliases) & set(stage.targets)
+    assert resolve_placement(spec, made.lora(3, ("o_proj",))) == resolve_placement(spec, made.lora(3, ("out_proj",)))
+    for stage in spec.stages:
+        aliased = {name for names in stage.aliases.values() for name in names}
+        assert aliased <= set(stage.targets) and not set(stage.aliases) & set(stage.targets)
     linears = {
         path: module
         for path, module in made.tower.named_modules()
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in made.case.targets
+        if isinstance(module, nn.Linear)
+        and path.startswith(made.case.part)
+        and path.rpartition(".")[2] in made.case.targets
     }
-    assert set(placement.modules) == set(linears) and len(linears) == spec.num_layers * len(made.case.targets)
+    assert set(placement.modules) == set(linears) and len(placement.modules) == len(linears)
     assert placement.lora_parameters == sum(3 * (each.in_features + each.out_features) for each in linears.values())
     encoder = made.encoder()
     adapters.attach(encoder, lora, "default")
     trainable = sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
     assert trainable == placement.lora_parameters
+
+
+def test_the_path_says_where_the_tower_is(made: Made) -> None:
+    """In the whole model as transformers has it; a model of the waveform is all encoder, with no tower to point at."""
+    spec, case = made.spec, made.case
+    if case.feature_channels == 1:
+        assert (spec.path, spec.tower_path) == ("full_forward", None)
+    elif case.placement == "tower":
+        assert (spec.path, spec.tower_path, spec.tower_alone) == ("audio_tower", case.tower, None)
+    else:
+        assert (spec.path, spec.tower_path) == ("full_forward", f"{case.tower}.audio_tower")
+    assert made.encoder().tower_alone.spec == (spec.tower_alone or spec)
 
 
 def test_a_clip_in_a_batch_equals_the_clip_alone(made: Made) -> None:
@@ -399,7 +441,7 @@ def test_equals_transformers_clip_by_clip(made: Made) -> None:
 def test_an_adapter_equals_the_merged_weights(made: Made) -> None:
     """A LoRA on every target, against a base whose weights are W + (alpha / r) B A; tolerance 1e-4 in fp32."""
     adapted, merged = made.encoder(), made.encoder()
-    attach_trained(adapted, LoraSpec(rank=2, targets=ALL))
+    attach_trained(adapted, made.lora())
     with torch.no_grad():
         for path, layer in adapted.tower.named_modules():
             if hasattr(layer, "lora_A"):
@@ -418,7 +460,7 @@ def test_bf16_is_near_fp32(made: Made, plain_width: int, monkeypatch: pytest.Mon
     states = []
     for dtype in (torch.float32, torch.bfloat16):
         encoder = made.encoder(dtype)
-        attach_trained(encoder, LoraSpec(rank=2, targets=ALL))
+        attach_trained(encoder, made.lora())
         states.append(torch.cat(outputs(encoder, sounds())).float())
     whole, half = states
     assert (half - whole).square().mean().sqrt() <= 0.1 * whole.square().mean().sqrt()
@@ -429,13 +471,11 @@ def test_training_lowers_the_loss_and_moves_every_tensor(made: Made) -> None:
     encoder = made.encoder()
     encoder.train()
     frozen = {name: tensor.clone() for name, tensor in encoder.tower.state_dict().items()}
-    config = TrialConfig(
-        lora=LoraSpec(rank=2, targets=ALL), optim=OptimSpec(lora_lr=3e-3, head_lr=1e-3, warmup_fraction=0.0)
-    )
+    config = TrialConfig(lora=made.lora(), optim=OptimSpec(lora_lr=3e-3, head_lr=1e-3, warmup_fraction=0.0))
     member = Member("t0000", config, encoder, text_dim=8, total_steps=100)
     start = [parameter.detach().clone() for parameter in member.lora_parameters]
     inputs = extracted(encoder.spec, sounds())
-    clips, lengths = np.arange(len(SECONDS)), row_lengths(encoder, inputs)
+    clips, lengths = np.arange(len(SECONDS)), row_lengths(encoder, inputs, member.depth)
     text_BD = nn.functional.normalize(torch.randn(len(clips), 8, generator=torch.Generator().manual_seed(2)), dim=1)
     losses = []
     for _ in range(4):
@@ -454,7 +494,7 @@ def test_training_lowers_the_loss_and_moves_every_tensor(made: Made) -> None:
 
 
 def test_an_adapter_survives_export(made: Made, tmp_path: Path) -> None:
-    encoder, lora = made.encoder(), LoraSpec(rank=2, targets=ALL, first_layer=1)
+    encoder, lora = made.encoder(), made.lora(first_layer=1)
     before = outputs(encoder, sounds())
     attach_trained(encoder, lora)
     expected = outputs(encoder, sounds())
