@@ -9,9 +9,19 @@ from types import SimpleNamespace
 import pytest
 
 from tuner.lanes import coordinator as module
-from tuner.lanes.coordinator import DEATHS_PER_TRIAL, LEASE_SECONDS, STARTS_PER_LANE, Coordinator, Orders, Row, Update
+from tuner.lanes.coordinator import (
+    DEATHS_PER_TRIAL,
+    LEASE_SECONDS,
+    STARTS_PER_LANE,
+    Confirmation,
+    Coordinator,
+    Orders,
+    Row,
+    Update,
+)
 
 CONFIG: Row = {"seed": 0}
+PLAN: Row = {"trials": [["t0", "space", CONFIG]], "baseline": None}
 SOON = 5.0  # seconds in which something that is to happen at once must have happened
 LONG = 600.0
 
@@ -228,11 +238,10 @@ def test_a_lane_that_never_works_ends_the_search() -> None:
         for attempt in range(STARTS_PER_LANE):
             await coordinator.register("lane", f"attempt {attempt}", "fp32")
             await coordinator.register("lane", f"attempt {attempt}", "fp32")  # a retried call is not another start
-            assert await coordinator.failure() is None
+            assert (await coordinator.next("t0", lease, 0, 0)).kind == "wait"
         await coordinator.register("lane", "one too many", "fp32")
-        reason = await coordinator.failure()
-        assert f"died {STARTS_PER_LANE} times" in str(reason)
-        assert (await coordinator.next("t0", lease, 0, 0)) == Update("fatal", reason=reason)
+        update = await coordinator.next("t0", lease, 0, 0)
+        assert update.kind == "fatal" and f"died {STARTS_PER_LANE} times" in str(update.reason)
         assert (await coordinator.poll("lane", [], 1, LONG)).stop
 
     drive(scenario)
@@ -245,6 +254,44 @@ def test_a_fatal_reason_reaches_every_trial_and_the_first_one_counts() -> None:
         await coordinator.fatal("something that followed from it")
         for trial, lease in leases.items():
             assert await coordinator.next(trial, lease, 0, LONG) == Update("fatal", reason="no weights")
+
+    drive(scenario)
+
+
+def test_one_lane_confirms_the_front() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        for lane in ("a", "b"):
+            await coordinator.register(lane, lane, "fp32")
+        asked = asyncio.create_task(coordinator.confirm(PLAN, LONG))
+        assert await coordinator.poll("a", [], 1, SOON) == Orders(confirm=PLAN)
+        assert await coordinator.poll("b", [], 1, 0) == Orders()
+        await coordinator.confirmed("a", rows(1), None)
+        assert await asked == Confirmation(points=rows(1))
+        # The driver's call may be retried; the work is not.
+        assert await coordinator.confirm(PLAN, 0) == Confirmation(points=rows(1))
+        assert await coordinator.poll("a", [], 1, 0) == Orders()
+
+    drive(scenario)
+
+
+def test_a_lane_that_died_confirming_confirms_again() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        await coordinator.register("a", "first", "fp32")
+        assert await coordinator.confirm(PLAN, 0) == Confirmation()
+        assert (await coordinator.poll("a", [], 1, 0)).confirm == PLAN
+        assert (await coordinator.poll("a", [], 1, 0)).confirm is None
+        await coordinator.register("a", "second", "fp32")
+        assert (await coordinator.poll("a", [], 1, 0)).confirm == PLAN
+        await coordinator.confirmed("a", None, "no space left")
+        assert await coordinator.confirm(PLAN, 0) == Confirmation(reason="no space left")
+
+    drive(scenario)
+
+
+def test_a_front_without_lanes_is_not_waited_for() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        await coordinator.fatal("no weights")
+        assert await coordinator.confirm(PLAN, LONG) == Confirmation(reason="no weights")
 
     drive(scenario)
 

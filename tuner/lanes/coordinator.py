@@ -36,11 +36,21 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Confirmation:
+    """Answer to the driver that waits for its front: the points, or why there are none; both None: not yet."""
+
+    points: list[Row] | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Orders:
-    """Answer to a polling lane: adapters to take up (trial, configuration), adapters to drop, or stop."""
+    """Answer to a polling lane: adapters to take up (trial, configuration), adapters to drop, a front to confirm, or
+    stop."""
 
     new: tuple[tuple[str, Row], ...] = ()
     drop: tuple[str, ...] = ()
+    confirm: Row | None = None
     stop: bool = False
 
 
@@ -76,6 +86,9 @@ class Coordinator:
         self._stop = False
         self._fatal: str | None = None
         self._precision = precision
+        self._plan: Row | None = None
+        self._planned_lane: str | None = None
+        self._confirmation = Confirmation()
 
     # What a trial calls
 
@@ -138,6 +151,8 @@ class Coordinator:
                 self._expire()
                 if self._stop or self._fatal:
                     return Orders(stop=True)
+                if self._takes_plan(lane):
+                    return Orders(confirm=self._plan)
                 drop = tuple(trial for trial in held if not self._belongs(trial, lane))
                 kept = len(held) - len(drop)
                 new = tuple((trial, job.config) for trial, job in self._assign(lane, held, capacity - kept))
@@ -161,6 +176,13 @@ class Coordinator:
                 job.reason = reason
                 self._changed.notify_all()
 
+    async def confirmed(self, lane: str, points: list[Row] | None, reason: str | None) -> None:
+        """The front's points, measured from their files, or why this cannot be done."""
+        async with self._changed:
+            self._lanes.setdefault(lane, _Lane()).starts = 0
+            self._plan, self._confirmation = None, Confirmation(points, reason)
+            self._changed.notify_all()
+
     async def fatal(self, reason: str) -> None:
         """No trial of this study can be trained (encoder cannot be loaded, say)."""
         async with self._changed:
@@ -168,6 +190,25 @@ class Coordinator:
             self._changed.notify_all()
 
     # What the driver calls
+
+    async def confirm(self, plan: Row, timeout: float) -> Confirmation:
+        """Have one lane confirm a front and wait at most `timeout` seconds for it; asked again, it is not begun again.
+
+        Args:
+            plan: what `tuner.train.confirm.confirm_trials` takes, as plain values.
+        """
+        deadline = time.monotonic() + timeout
+        async with self._changed:
+            while True:
+                if self._confirmation != Confirmation():
+                    return self._confirmation
+                if self._fatal:
+                    return Confirmation(reason=self._fatal)
+                if self._plan is None:
+                    self._plan, self._planned_lane = plan, None
+                    self._changed.notify_all()
+                if not await self._wait(deadline):
+                    return Confirmation()
 
     async def stop(self) -> None:
         """Lanes end at their next poll."""
@@ -178,10 +219,6 @@ class Coordinator:
     async def precision(self) -> str | None:
         """The number format the first lane measured or was told."""
         return self._precision
-
-    async def failure(self) -> str | None:
-        """Why no trial can be trained, if so."""
-        return self._fatal
 
     def _belongs(self, trial: str, lane: str) -> bool:
         job = self._jobs.get(trial)
@@ -196,7 +233,16 @@ class Coordinator:
             job.lane = lane
         return chosen
 
+    def _takes_plan(self, lane: str) -> bool:
+        """Whether this lane is to confirm the front now: the first one that asks."""
+        if self._plan is None or self._planned_lane is not None:
+            return False
+        self._planned_lane = lane
+        return True
+
     def _requeue(self, lane: str) -> None:
+        if self._planned_lane == lane:
+            self._planned_lane = None
         for job in self._jobs.values():
             if job.lane == lane and job.open:
                 job.lane = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ import ray
 from tuner.config import RunSettings
 from tuner.errors import StudyError
 from tuner.lanes.coordinator import Coordinator
-from tuner.lanes.lane import LaneConfig, LaneHost
+from tuner.lanes.lane import LaneConfig, host_lane
 
 # A fraction of the head node's own resource: keeps drivers, coordinator and trial clients off nodes that may go away.
 HEAD_NODE = {"node:__internal_head__": 0.001}
@@ -43,8 +45,6 @@ class Fleet:
     name: str
     lanes: int
     capacity: int
-    use_gpu: bool
-    threads: int
 
     @property
     def slots(self) -> int:
@@ -120,20 +120,19 @@ def fleet(
         threads=threads,
         use_gpu=use_gpu,
     )
-    names = [f"tuner-lane:{study}:{index}" for index in range(lanes)]
-    hosts: list[Any] = [
-        ray.remote(LaneHost)
-        .options(num_cpus=0, name=lane, max_restarts=-1, max_task_retries=-1, resources=HEAD_NODE)
-        .remote()
-        for lane in names
+    # Our lanes report nothing through Ray Train, so its controllers need not look at their workers often.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    threads_of_lanes = [
+        threading.Thread(target=host_lane, args=(replace(config, lane=f"tuner-lane-{study}-{index}"),), daemon=True)
+        for index in range(lanes)
     ]
-    runs = [
-        host.run.remote(replace(config, lane=lane.replace(":", "-"))) for host, lane in zip(hosts, names, strict=True)
-    ]
+    for thread in threads_of_lanes:
+        thread.start()
     try:
-        yield Fleet(coordinator, name, lanes, options.pack, use_gpu, threads)
+        yield Fleet(coordinator, name, lanes, options.pack)
     finally:
         ray.get(coordinator.stop.remote())
-        ray.wait(runs, num_returns=len(runs), timeout=STOP_SECONDS)
-        for actor_handle in (*hosts, coordinator):
-            ray.kill(actor_handle)
+        deadline = time.monotonic() + STOP_SECONDS
+        for thread in threads_of_lanes:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        ray.kill(coordinator)

@@ -7,10 +7,10 @@ broadcast, so all workers of the lane hold the same pack.
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,39 +40,37 @@ class LaneConfig:
     use_gpu: bool
 
 
-class LaneHost:
-    """Hosts one lane's trainer for the life of a search."""
+def host_lane(config: LaneConfig) -> None:
+    """Run one lane until the coordinator says stop; a dead worker restarts the lane's worker group.
 
-    def run(self, config: LaneConfig) -> None:
-        """Train until the coordinator says stop; a dead worker restarts the lane's worker group."""
-        # The run reports nothing through Ray Train, so its controller need not look at its workers often.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+    Runs on a thread of the driver: Train's controller is a process of its own, and this only waits for it.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-        # TorchTrainer is this class with a backend that makes the process group, and importing it brings torch into
-        # this process and into Train's controller: 0.4 GB and seconds each. `join_group` makes the group instead.
-        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    # TorchTrainer is this class with a backend that makes the process group, and importing it brings torch into
+    # this process and into Train's controller: 0.4 GB and seconds each. `join_group` makes the group instead.
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        resources = {"CPU": float(config.threads), **({"GPU": 1.0} if config.use_gpu else {})}
-        trainer = DataParallelTrainer(
-            lane_loop,
-            train_loop_config={"lane": config},
-            scaling_config=ScalingConfig(
-                num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name=config.lane,
-                storage_path=str(Path(config.run_dir).resolve() / "lanes"),
-                failure_config=FailureConfig(max_failures=-1),
-            ),
-        )
-        try:
-            trainer.fit()
-        except Exception as error:
-            # Otherwise the trials of this lane would wait for ever.
+    resources = {"CPU": float(config.threads), **({"GPU": 1.0} if config.use_gpu else {})}
+    trainer = DataParallelTrainer(
+        lane_loop,
+        train_loop_config={"lane": config},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=config.lane,
+            storage_path=str(Path(config.run_dir).resolve() / "lanes"),
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        # Otherwise the trials of this lane would wait for ever. When the cluster itself has gone, nobody waits.
+        with suppress(ray.exceptions.RayError, ValueError):
             coordinator = ray.get_actor(config.coordinator)
             ray.get(coordinator.fatal.remote(f"{config.lane} ended: {' '.join(str(error).split())[:300]}"))
-            raise
 
 
 def join_group(rank: int, world: int, use_gpu: bool) -> None:
@@ -135,7 +133,7 @@ class LaneWorker:
 
         settings, device = self.config.settings, get_device()
         wanted = settings.precision if settings.precision != "auto" else measured_precision(device)
-        agreed = self.broadcast(self.tell("register", self.attempt, wanted))
+        agreed = self.precision = self.broadcast(self.tell("register", self.attempt, wanted))
         encoder = load_encoder(inspect_encoder(settings.encoder), dtype_of(agreed), str(device))
         context = PackContext(
             encoder=encoder,
@@ -153,6 +151,9 @@ class LaneWorker:
             return False
         for trial in orders.drop:
             self.pack.detach(trial)
+        if orders.confirm:
+            self._confirm(orders.confirm)
+            return True
         for trial, values in orders.new:
             self._attach(trial, TrialConfig.model_validate(values))
         epochs = self.config.settings.epochs
@@ -216,12 +217,30 @@ class LaneWorker:
                 return
         self.tell("report", trial, member.history)
 
+    def _confirm(self, plan: dict[str, Any]) -> None:
+        """Rank 0 measures the front; the other workers of the lane wait at the next broadcast."""
+        from tuner.train.confirm import confirm_trials
+
+        for trial in list(self.pack.members):
+            self.pack.detach(trial)
+        if self.rank != 0:
+            return
+        run_dir = Path(self.config.run_dir)
+        try:
+            points = confirm_trials(self.pack, plan["trials"], plan["baseline"], run_dir, self.precision)
+        except (TunerError, RuntimeError) as error:
+            self.tell("confirmed", None, str(error) if isinstance(error, TunerError) else _reason(error))
+            return
+        self.tell("confirmed", points, None)
+
     def _give_up(self, trial: str, reason: str) -> None:
         logger.warning("%s: %s", trial, reason)
         self.pack.detach(trial)
         self.tell("fail", trial, reason)
 
     def _checkpoint(self, trial: str) -> Path:
+        from tuner.train.member import checkpoint_path
+
         return checkpoint_path(Path(self.config.run_dir), trial)
 
     def tell(self, method: str, *arguments: Any) -> Any:
@@ -240,11 +259,6 @@ class LaneWorker:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
-
-
-def checkpoint_path(run_dir: Path, trial: str) -> Path:
-    """Where the last epoch of a trial is kept."""
-    return run_dir / "checkpoints" / f"{trial}.pt"
 
 
 def _reason(error: Exception) -> str:

@@ -101,8 +101,7 @@ class _Search:
         ) as lanes:
             study = self._open_study()
             self._tune(study, lanes)
-            resources = {"CPU": float(lanes.threads), "GPU": 1.0 if lanes.use_gpu else 0.0}
-        return self._confirm(study, resources)
+            return self._confirm(study, lanes)
 
     def _open_study(self) -> optuna.Study:
         study = optuna.create_study(
@@ -178,7 +177,7 @@ class _Search:
             self.record["precision"] = ray.get(lanes.coordinator.precision.remote())
             write_json(self.request.run_dir / STUDY_FILE, self.record)
 
-    def _confirm(self, study: optuna.Study, resources: dict[str, float]) -> dict[str, Any]:
+    def _confirm(self, study: optuna.Study, lanes: Fleet) -> dict[str, Any]:
         selection = select(study, self.request.objectives)
         if not selection.trials:
             failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
@@ -187,7 +186,7 @@ class _Search:
                 f"{self.request.run_dir}/trials.parquet says why"
             )
         self.view.message(f"confirming {len(selection.trials)} trials on the test gallery")
-        points = confirm(selection, self.request.run_dir, self.request.settings, self.record["precision"], resources)
+        points = confirm(selection, lanes.coordinator)
         front = {
             "study": self.request.study,
             "objectives": self.record["objectives"],
