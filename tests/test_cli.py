@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import Tiny, write_encoder
+from conftest import TEXT_DIM, Tiny, write_encoder
 from safetensors.torch import load_file, save_file
 from trained_adapter import Trained, train_and_export
 
@@ -419,3 +419,53 @@ def test_one_configuration_is_trained_again(terminal: Terminal, trained: Trained
 def test_a_trial_file_that_is_none(terminal: Terminal) -> None:
     assert "mine.yaml" in terminal.refused("train", write_space(terminal.folder), "--out", "again")
     assert "gone.yaml" in terminal.refused("train", "gone.yaml", "--out", "again")
+
+
+# Placements
+
+
+def test_the_shipped_space_counts_each_placement(terminal: Terminal, tiny_qwen: Tiny) -> None:
+    """By hand, for text embeddings of width 8: the smallest adapts two projections of one block of the tower."""
+    tower_width, width = 32, 40
+    shown = terminal.run("spaces", "show", "placement", "--encoder", tiny_qwen.encoder.source, "--text-dim", TEXT_DIM)
+    smallest = (tower_width + 1) * TEXT_DIM + 1 + 2 * 2 * (tower_width + tower_width)
+    tower = 3 * (4 * (tower_width + tower_width) + 2 * (tower_width + 48))
+    # Two heads of keys and values for four of queries; three layers in the MLP.
+    model = 2 * (2 * (width + width) + 2 * (width + width // 2) + 3 * (width + 56))
+    largest = (width + 1) * TEXT_DIM + 1 + 32 * (tower + model)
+    assert shown.code == 0 and "taking --path full_forward" in shown.err
+    assert f"{smallest:,} to {largest:,}" in shown.out
+    assert "3 blocks of width 32, then 2 blocks of width 40" in shown.out
+    assert "name with --encoder a model that has a language model" in terminal.run("spaces", "show", "placement").out
+
+
+@pytest.mark.parametrize("placement", ["tower", "language_model", "both"])
+@pytest.mark.parametrize("space", ["attention_mlp", "attention_only", "query_value", "placement"])
+def test_every_space_goes_with_every_placement(terminal: Terminal, tiny_qwen: Tiny, space: str, placement: str) -> None:
+    arguments = (space, "--encoder", tiny_qwen.encoder.source, "--placement", placement)
+    shown = terminal.run("spaces", "show", *arguments)
+    assert shown.code == 0 and f"lora.placement: {placement}" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--placement", "both", "--path", "audio_tower"], "the path audio_tower never runs; give --path full_forward"),
+        (["--placement", "decoder"], "lora.placement cannot be 'decoder'"),
+        (["--path", "tower"], "--path: path: Input should be 'audio_tower' or 'full_forward'"),
+        (["--space", "placement", "--placement", "tower", "--path", "nowhere"], "--path: path"),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused(
+    terminal: Terminal, tiny_qwen: Tiny, options: list[str], said: str
+) -> None:
+    assert said in terminal.refused("search", "--data", tiny_qwen.store_folder, *options)
+    assert not (terminal.folder / "runs").exists()
+
+
+def test_an_encoder_without_a_language_model_is_refused(terminal: Terminal, tiny: Tiny) -> None:
+    search = ("search", "--data", tiny.store_folder)
+    said = "has no language model that could be adapted; give tower instead of language_model"
+    assert said in terminal.refused(*search, "--placement", "language_model")
+    assert said in terminal.refused(*search, "--space", "placement")
+    assert "it has no path full_forward" in terminal.refused(*search, "--path", "full_forward")
