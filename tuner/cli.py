@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from tuner.commands import adapters, cluster, prepare, search, spaces
+from tuner.commands import adapters, cluster, diagnose, prepare, search, spaces
 from tuner.errors import TunerError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(search.search)
 app.command()(search.report)
 app.add_typer(spaces.app, name="spaces")
 app.add_typer(cluster.app, name="cluster")
+app.command()(diagnose.diagnose)
 app.command()(adapters.train)
 app.command()(adapters.evaluate)
 app.command()(adapters.embed)

@@ -137,6 +137,11 @@ class Store:
         values: np.ndarray = self._caption_batch.column("embedding").values.to_numpy(zero_copy_only=True)
         return values.reshape(-1, self.text_dim)
 
+    @property
+    def split_names(self) -> list[str]:
+        """Split of each clip, [N]."""
+        return [SPLITS[position] for position in self._splits]
+
     def split(self, name: str) -> np.ndarray:
         """Clips of `train`, `validation` or `test` in manifest order, int64.
 

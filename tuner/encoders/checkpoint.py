@@ -129,6 +129,13 @@ def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
     raise EncoderError(f"{folder}: no weights in folder; expected {SINGLE}, {INDEX} or a faster-whisper model.bin")
 
 
+def names_below(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:
+    """Those of the names of tensors that lie below the first of `prefixes` that occurs."""
+    known = list(names)
+    prefix = _first_prefix(known, prefixes)
+    return [name for name in known if name.startswith(prefix)]
+
+
 def fingerprint(configs: Iterable[Path], weights: Iterable[Path], *settings: object) -> str:
     """SHA-256 (hex) over settings, configuration files and a sample of each weight file.
 

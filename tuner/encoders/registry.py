@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
     from tuner.encoders.base import AudioEncoder
 
-__all__ = ["FeatureExtractor", "families", "inspect_encoder", "load_encoder", "load_feature_extractor"]
+__all__ = [
+    "FeatureExtractor",
+    "families",
+    "inspect_encoder",
+    "load_encoder",
+    "load_feature_extractor",
+    "tensor_prefixes",
+]
 
 _RECORDS = (
     whisper.FAMILY,
@@ -61,6 +68,12 @@ def inspect_encoder(ref: EncoderRef) -> EncoderSpec:
     full = _goes_beyond_tower(ref, family)
     fetch_weights(ref.source, folder, (family.prefixes, *(family.behind_tower if full else ())))
     return family.inspect(source)
+
+
+def tensor_prefixes(spec: EncoderSpec) -> tuple[tuple[str, ...], ...]:
+    """Where the tensors are in the checkpoint that `load_encoder` reads: of each part, the first prefix that occurs."""
+    family = _FAMILIES[spec.family]
+    return (family.prefixes, *(family.behind_tower if spec.tower_alone else ()))
 
 
 def load_encoder(spec: EncoderSpec, dtype: torch.dtype, device: str = "cpu") -> AudioEncoder:

@@ -1,0 +1,107 @@
+"""Step 5: embeddings: shape, norm, and whether different recordings come out different. Traces the encoding path.
+
+Shapes: B clips, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from tuner.diagnose.findings import Step
+from tuner.diagnose.subject import Sample, Subject
+from tuner.encoders.base import AudioEncoder
+from tuner.errors import PlacementError
+from tuner.lora.adapter import on_path
+from tuner.lora.path import EncodingPath, clips_to_trace, describe, trace_path
+from tuner.train.model import pool_clips
+from tuner.train.prefix import LivePrefix, row_lengths
+
+BUDGET = 4096  # tokens of a forward pass, as a search has by default
+COLLAPSED = 0.9999  # mean cosine between different clips above which nothing tells them apart
+NARROW = 0.99
+
+
+def check_forward(subject: Subject) -> Step:
+    """Embed the sample with the frozen encoder as it is, and see which layers the embedding depends on."""
+    step = Step("forward")
+    if subject.encoder is None or subject.sample is None:
+        step.skipped = "there is no loaded encoder (step 3)" if subject.encoder is None else "no features (step 4)"
+        return step
+    encoder = as_run(subject.encoder, subject)
+    started = time.perf_counter()
+    pooled_BD = embed(encoder, subject.sample)
+    step.values["seconds"] = time.perf_counter() - started
+    _embeddings(step, pooled_BD)
+    for part in dict.fromkeys((encoder, subject.encoder, subject.encoder.tower_alone)):
+        subject.paths[part.spec.fingerprint] = _trace(part, subject.sample)
+    _describe_path(step, subject.paths[encoder.spec.fingerprint])
+    return step
+
+
+def as_run(encoder: AudioEncoder, subject: Subject) -> AudioEncoder:
+    """The encoder as far as the configuration runs it; as far as it can where the configuration does not fit."""
+    try:
+        return on_path(encoder, subject.request.lora)
+    except PlacementError:
+        return encoder
+
+
+@torch.no_grad()
+def embed(encoder: AudioEncoder, sample: Sample) -> Tensor:
+    """Pooled states BD of the sample, fp32 on the CPU."""
+    lengths = row_lengths(encoder, sample.source)[sample.clips]
+    prefix = LivePrefix(encoder, sample.source, depth=0)
+    return pool_clips(encoder, prefix, sample.clips, lengths, BUDGET).float().cpu()
+
+
+def _embeddings(step: Step, pooled_BD: Tensor) -> None:
+    clips, width = pooled_BD.shape
+    step.values |= {"clips": clips, "width": width}
+    broken = int((~torch.isfinite(pooled_BD).all(dim=1)).sum())
+    if broken:
+        step.error(
+            f"{broken} of {clips} embeddings hold values that are not finite",
+            "try --precision fp32; if that is the same, the checkpoint is damaged",
+        )
+        return
+    norms = pooled_BD.norm(dim=1)
+    step.values |= {"norm_min": float(norms.min()), "norm_max": float(norms.max())}
+    if float(norms.min()) == 0:
+        step.error("an embedding is zero", "the checkpoint is damaged; fetch the model again")
+        return
+    step.ok(f"{clips} embeddings of width {width}, norms {float(norms.min()):.3g} to {float(norms.max()):.3g}")
+    if clips > 1:
+        _collapse(step, pooled_BD)
+
+
+def _collapse(step: Step, pooled_BD: Tensor) -> None:
+    unit_BD = torch.nn.functional.normalize(pooled_BD, dim=1)
+    count = len(unit_BD)
+    cosine = float(((unit_BD @ unit_BD.T).sum() - count) / (count * (count - 1)))
+    step.values["mean_cosine"] = cosine
+    text = f"mean cosine between different clips is {cosine:.5f}"
+    if cosine > COLLAPSED:
+        step.error(
+            f"{text}: all clips are embedded alike", "the recordings are all the same, or the encoder's weights are"
+        )
+    elif cosine > NARROW:
+        step.note(f"{text}: the frozen states lie in a narrow cone, which the projection has to open")
+    else:
+        step.ok(text)
+
+
+def _trace(encoder: AudioEncoder, sample: Sample) -> EncodingPath:
+    clips = sample.clips[clips_to_trace(row_lengths(encoder, sample.source)[sample.clips])]
+    features = [sample.source.features(int(clip)) for clip in clips]
+    return trace_path(encoder, features, [int(sample.source.frames[clip]) for clip in clips])
+
+
+def _describe_path(step: Step, path: EncodingPath) -> None:
+    layers = describe(path.on_path)
+    step.values |= {"linears": len(path.linears), "linears_on_path": len(path.on_path), "on_path": layers}
+    step.ok(f"{len(path.on_path)} of {len(path.linears)} linear layers reach the embedding: {layers}")
+    if path.off_path:
+        step.note(f"not on the path, so a LoRA there learns nothing: {describe(path.off_path)}")

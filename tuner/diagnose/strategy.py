@@ -1,0 +1,192 @@
+"""Step 7: what of the model runs, where the LoRA goes, what that costs, and what it would cost elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tuner.config import LoraSpec, TrialConfig
+from tuner.diagnose.adapter_files import check_targets, check_weights, read_peft_config
+from tuner.diagnose.cost import BYTES_PER_TRAINED, step_flops
+from tuner.diagnose.findings import Step, duration, flops, gib
+from tuner.diagnose.subject import TEXT_DIM, Subject
+from tuner.diagnose.whole import WholeModel, lora_size, whole_model
+from tuner.encoders.spec import EncoderSpec
+from tuner.errors import AdapterError, PlacementError
+from tuner.lora.path import check_placement
+from tuner.lora.placement import encoding_spec, resolve_placement, trainable_parameters
+from tuner.train.batches import steps_per_epoch
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("fc1", "fc2")
+
+
+def check_strategy(subject: Subject) -> Step:
+    """Everything that can be said without an encoder is said without one."""
+    step, spec = Step("strategy"), subject.spec
+    if spec is None:
+        step.skipped = "the encoder cannot be used (step 3)"
+        return step
+    whole = whole_model(spec)
+    _path(step, spec, whole)
+    fits = _placement(step, subject, spec)
+    _files(step, subject, spec, whole)
+    _comparison(step, spec, whole, subject.request.lora.rank)
+    if fits:
+        _cost(step, subject, spec)
+    _space(step, subject, spec)
+    return step
+
+
+def _path(step: Step, spec: EncoderSpec, whole: WholeModel) -> None:
+    strategy = "full_forward" if spec.tower_path is None else spec.path
+    step.values |= {"strategy": strategy, "tower": spec.tower_path, "language_model": whole.language_model}
+    if spec.tower_path is None:
+        step.note(
+            f"{spec.family} has no audio tower inside a larger model: the whole encoder is the path (full_forward)"
+        )
+    elif spec.path == "full_forward":
+        step.ok(f"strategy full_forward: {spec.tower_path}, then {spec.language_model_path}, pooled over audio tokens")
+    elif spec.tower_path == "":
+        step.ok("strategy audio_tower: the folder holds a tower alone, and all of it runs")
+    else:
+        step.ok(f"strategy audio_tower: {spec.tower_path} runs alone, nothing else of the model is loaded")
+
+
+def _placement(step: Step, subject: Subject, spec: EncoderSpec) -> bool:
+    lora = subject.request.lora
+    try:
+        placement = resolve_placement(spec, lora)
+        path = subject.paths.get(encoding_spec(spec, lora).fingerprint)
+        if path is not None:
+            check_placement(placement, path, "refuse")
+    except PlacementError as error:
+        step.error(str(error))
+        return False
+    parts = {stage.block_path: stage.part for stage in encoding_spec(spec, lora).stages}
+    counts = {"tower": 0, "language_model": 0}
+    sizes = dict(counts)
+    for stage in placement.stages:
+        part = next(part for block, part in parts.items() if stage.blocks[-1].startswith(block.partition("{}")[0]))
+        features = [(linear.in_features, linear.out_features) for linear in stage.linears]
+        counts[part] += 2 * len(stage.modules)
+        sizes[part] += len(stage.blocks) * lora_size(features, lora.rank)
+    step.values["lora"] = {part: {"tensors": counts[part], "parameters": sizes[part]} for part in counts}
+    untraced = "" if path is not None else "; not traced, since there is no forward pass (step 5)"
+    step.ok(
+        f"rank {lora.rank} on {', '.join(placement.targets)}: {counts['tower']} LoRA tensors, {sizes['tower']:,} "
+        f"parameters in the tower; {counts['language_model']}, {sizes['language_model']:,} outside it{untraced}"
+    )
+    return True
+
+
+def _files(step: Step, subject: Subject, spec: EncoderSpec, whole: WholeModel) -> None:
+    """Somebody's configuration or adapter, if one was given."""
+    request = subject.request
+    origin = request.adapter or request.peft_config
+    if origin is None:
+        return
+    try:
+        check_targets(step, read_peft_config(origin), origin, whole, spec)
+        if request.adapter is not None:
+            check_weights(step, request.adapter, whole)
+    except AdapterError as error:
+        step.error(str(error))
+
+
+def _comparison(step: Step, spec: EncoderSpec, whole: WholeModel, rank: int) -> None:
+    """LoRA in the tower against LoRA on everything behind it, at one rank."""
+    tower = spec.tower_alone or spec
+    rows = [_tower_row(tower, "tower: attention", ATTENTION, rank)]
+    rows.append(_tower_row(tower, "tower: attention and MLP", ATTENTION + MLP, rank))
+    behind = whole.behind_tower()
+    if behind:
+        name = "language model" if whole.language_model else "rest of the model"
+        size = lora_size((whole.linears[module] for module in behind), rank)
+        rows.append({"placement": f"{name}: all linear", "tensors": 2 * len(behind), "parameters": size})
+        tensors, parameters = (rows[1][key] + rows[2][key] for key in ("tensors", "parameters"))
+        rows.append({"placement": "both, all linear", "tensors": tensors, "parameters": parameters})
+    for row in rows:
+        row["ratio"] = round(row["parameters"] / rows[0]["parameters"], 2)
+    step.values["comparison"] = {"rank": rank, "rows": rows}
+    if behind:
+        step.note(
+            f"at rank {rank}, LoRA on the {name} takes {rows[2]['parameters'] / 1e6:.2f}M parameters, "
+            f"{rows[2]['ratio']:.1f} times the {rows[0]['parameters'] / 1e6:.2f}M of the tower's attention"
+        )
+
+
+def _tower_row(tower: EncoderSpec, name: str, targets: tuple[str, ...], rank: int) -> dict[str, Any]:
+    placement = resolve_placement(tower, LoraSpec(rank=rank, targets=targets))
+    return {"placement": name, "tensors": 2 * len(placement.modules), "parameters": placement.lora_parameters}
+
+
+def _cost(step: Step, subject: Subject, spec: EncoderSpec) -> None:
+    """Operations by count, memory and time by what step 6 measured for its clips, in proportion to the tokens."""
+    if subject.sample is None:
+        step.note("the cost of a step is not estimated: there are no clips to count (step 4)")
+        return
+    request, source = subject.request, subject.sample.source
+    clips = request.store.split("train") if request.store is not None else subject.sample.clips
+    frames = np.asarray(source.frames)[clips].tolist()
+    batch, run = request.batch_size, encoding_spec(spec, request.lora)
+    count = step_flops(spec, request.lora, frames)
+    tokens = batch * float(np.mean([run.sequence_length(length) for length in frames]))
+    of_batch = batch / len(frames)
+    step.values["step"] = {
+        "batch_size": batch,
+        "tokens": tokens,
+        "forward_flops": count.forward * of_batch,
+        "step_flops": count.step * of_batch,
+    }
+    step.ok(
+        f"a step of {batch} clips ({tokens:,.0f} tokens) takes {flops(count.step * of_batch)} with cached frozen "
+        f"states, a forward pass {flops(count.forward * of_batch)} (counted from the shapes of the blocks)"
+    )
+    if subject.measured is None or subject.encoder is None:
+        step.note("time and memory of a step are not estimated: none was measured (step 6)")
+        return
+    text_dim = request.store.text_dim if request.store is not None else TEXT_DIM
+    share = tokens / subject.measured.tokens
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in subject.encoder.tower.parameters())
+    trained = BYTES_PER_TRAINED * trainable_parameters(spec, request.trial, text_dim)
+    memory, seconds = weights + trained + share * subject.measured.activation_bytes, share * subject.measured.seconds
+    step.values["step"] |= {"seconds": seconds, "memory_bytes": memory}
+    step.ok(
+        f"it takes about {duration(seconds)} and {gib(memory)} here as {subject.measured.setting} (step 6 in "
+        f"proportion to its tokens; weights {gib(weights)}, adapter with AdamW {gib(trained)}, the rest activations)"
+    )
+
+
+def _space(step: Step, subject: Subject, spec: EncoderSpec) -> None:
+    """Whether every configuration fits, how many there are, and what a search takes."""
+    request = subject.request
+    if request.space is not None:
+        text_dim = request.store.text_dim if request.store is not None else TEXT_DIM
+
+        def fits(config: TrialConfig) -> None:
+            path = subject.paths.get(encoding_spec(spec, config.lora).fingerprint)
+            if config.lora is not None and path is not None:
+                check_placement(resolve_placement(spec, config.lora), path, "refuse")
+            trainable_parameters(spec, config, text_dim)
+
+        try:
+            request.space.validate_for(fits)
+        except PlacementError as error:
+            step.error(f"space {request.space.name}: {error}")
+            return
+        low, high = request.space.parameter_range(lambda config: trainable_parameters(spec, config, text_dim))
+        size, grid = request.space.size(), request.space.size(countable_only=True)
+        step.values["space"] = {"name": request.space.name, "configurations": size, "parameters": [low, high]}
+        many = f"{grid:,} configurations" + ("" if size is not None else " times the continuous dimensions")
+        step.ok(f"space {request.space.name}: {many}, {low:,} to {high:,} trainable parameters")
+    seconds = step.values.get("step", {}).get("seconds")
+    if seconds is None or request.store is None:
+        return
+    steps = request.epochs * steps_per_epoch(len(request.store.split("train")), request.batch_size)
+    step.values["search"] = {"trials": request.trials, "steps": steps, "seconds": request.trials * steps * seconds}
+    step.ok(
+        f"{request.trials} trials of {request.epochs} epochs are {request.trials * steps} steps, about "
+        f"{duration(request.trials * steps * seconds)} of training on this machine, less where frozen states are cached"
+    )
