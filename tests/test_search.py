@@ -266,16 +266,24 @@ def test_evaluating_an_exported_adapter_gives_the_front_exactly(
     assert points
     for point in points:
         for split in ("test", "validation"):
-            given = ["evaluate", search.runs.study / point["adapter"], "--data", search.runs.tiny.store_folder]
-            monkeypatch.setattr(sys, "argv", ["tuner", *map(str, given), "--split", split, "--json"])
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-            assert not ended.value.code
-            values = json.loads(capsys.readouterr().out)
-            del values["adapter"], values["split"]
+            values = evaluated(search.runs, point, split, monkeypatch, capsys)
             if split == "validation":
                 del values["intervals"]
             assert values == point[split]
+
+
+def evaluated(
+    runs: Runs, point: dict[str, Any], split: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict[str, Any]:
+    """What `tuner evaluate` says of an exported adapter."""
+    given = ["evaluate", runs.study / point["adapter"], "--data", runs.tiny.store_folder, "--split", split, "--json"]
+    monkeypatch.setattr(sys, "argv", ["tuner", *map(str, given)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    del values["adapter"], values["split"]
+    return values
 
 
 def test_the_validation_of_a_point_is_what_the_lane_measured(search: Search) -> None:
@@ -294,6 +302,45 @@ def test_the_report_is_there(search: Search) -> None:
 def test_a_finished_study_leaves_no_temporary_files(search: Search) -> None:
     left = [path for path in search.runs.study.rglob("*") if path.suffix in (".tmp", ".partial")]
     assert left == []
+
+
+# A search over the parts of a model
+
+
+def test_placement_is_searched_like_anything_else(
+    tiny_qwen: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One lane trains the tower, the language model and both side by side; each front point is loaded on its path."""
+    space = {
+        "name": "parts",
+        "description": "Which part of a model to adapt.",
+        "fixed": {"lora.rank": 4, "lora.targets": ["q_proj", "v_proj", "fc2"], "optim.lora_lr": 1e-2},
+        # The tower is what every study's recommendation adapts.
+        "dimensions": {"lora.placement": {"choice": ["language_model", "both"]}},
+    }
+    (tmp_path / "parts.yaml").write_text(yaml.safe_dump(space))
+    runs = Runs(tmp_path, tiny_qwen)
+    # Recall alone decides, so that the best trial is a point whatever it costs.
+    ended = runs.finish(
+        *["--data", tiny_qwen.store_folder, "--batch-size", 12, "--precision", "fp32", "--objective", "recall@1"],
+        *["--study", STUDY, "--space", "parts.yaml", "--trials", 4, "--epochs", 4, "--pack", 3],
+    )
+    assert "space parts adapts the language model (language_model, both): taking --path full_forward" in ended.err
+    assert json.loads((runs.study / "study.json").read_text())["encoder"]["path"] == "full_forward"
+    rows = pq.read_table(runs.study / "trials.parquet").to_pylist()
+    placed = {row["trial"]: row["lora.placement"] for row in rows}
+    assert set(placed.values()) == {None, "tower", "language_model", "both"}
+    assert set(runs.states().values()) == {"complete"}
+    spec = inspect_encoder(tiny_qwen.encoder.model_copy(update={"path": "full_forward"}))
+    points = runs.front()["points"]
+    assert {placed[point["trial"]] for point in points} & {"language_model", "both"}
+    for point in points:
+        config = TrialConfig.model_validate(point["config"])
+        assert point["trainable_parameters"] == trainable_parameters(spec, config, 8)
+        beyond = placed[point["trial"]] in ("language_model", "both")
+        card = read_card(runs.study / point["adapter"])
+        assert card.encoder.path == ("full_forward" if beyond else "audio_tower")
+        assert evaluated(runs, point, "test", monkeypatch, capsys) == point["test"]
 
 
 # A search whose worker and driver are killed
