@@ -56,7 +56,7 @@ def test_every_module_has_a_layer() -> None:
         (("tuner.lanes",), ("torch", "transformers", "peft", "optuna")),
         (("tuner.report", "tuner.lora.placement"), ("torch", "transformers", "peft", "ray", "optuna")),
         (("tuner.encoders.registry", "tuner.encoders.spec"), ("torch", "transformers", "peft", "ray")),
-        (("tuner.train",), ("ray", "optuna")),
+        (("tuner.train", "tuner.diagnose"), ("ray", "optuna")),
     ],
 )
 def test_importing_stays_light(packages: tuple[str, ...], forbidden: tuple[str, ...]) -> None:

@@ -96,7 +96,9 @@ def write_space(folder: Path, **changes: Any) -> Path:
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["search"], ["spaces", "show"], ["prepare"], ["evaluate"], ["embed"]])
+@pytest.mark.parametrize(
+    "command", [[], ["search"], ["spaces", "show"], ["prepare"], ["diagnose"], ["evaluate"], ["embed"]]
+)
 def test_help_is_instant(command: list[str]) -> None:
     """No heavy import, and less than a second of processor time, however busy the machine is."""
     script = (
@@ -118,7 +120,7 @@ def test_help_is_instant(command: list[str]) -> None:
 def test_every_command_is_listed(terminal: Terminal) -> None:
     finished = terminal.run("--help")
     assert finished.code == 0
-    for command in ("prepare", "search", "report", "spaces", "cluster", "train", "evaluate", "embed"):
+    for command in ("prepare", "search", "report", "spaces", "cluster", "diagnose", "train", "evaluate", "embed"):
         assert f" {command} " in finished.out
 
 

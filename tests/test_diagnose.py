@@ -24,7 +24,7 @@ from trained_adapter import train_and_export
 from tuner.config import EncoderRef, LoraSpec, TrialConfig
 from tuner.data.store import Store
 from tuner.diagnose import environment
-from tuner.diagnose.backward import try_training
+from tuner.diagnose.backward import check_backward, try_training
 from tuner.diagnose.cost import step_flops
 from tuner.diagnose.data import check_data
 from tuner.diagnose.features import check_features
@@ -195,7 +195,7 @@ def test_the_same_sound_in_two_splits_of_a_store(copied: Tiny) -> None:
     step = data_step(copied, change_features(copied.store_folder, leak))
     (text,) = said(step, "error")
     assert step.values["leaks"] == 1
-    assert f"1 recordings are in two splits, for example {pairs[0][0]}.wav (train) and {pairs[0][1]}.wav (test)" in text
+    assert f"recordings in two splits: 1, for example {pairs[0][0]}.wav (train) and {pairs[0][1]}.wav (test)" in text
 
 
 def test_a_repeated_sound_and_shared_captions_are_notes(copied: Tiny) -> None:
@@ -208,7 +208,7 @@ def test_a_repeated_sound_and_shared_captions_are_notes(copied: Tiny) -> None:
     step = data_step(copied, change_features(copied.store_folder, repeat))
     assert step.state == "ok" and (step.values["duplicates"], step.values["leaks"]) == (1, 0)
     notes = " ".join(said(step, "note"))
-    assert "1 clips repeat the sound" in notes and "captions occur in more than one split" in notes
+    assert "in the same split: 1" in notes and "captions occur in more than one split" in notes
 
 
 @pytest.mark.parametrize(("silent", "level"), [(60, "error"), (2, "warning")])
@@ -366,7 +366,10 @@ def test_embeddings_that_are_not_finite(tiny: Tiny) -> None:
     encoder: Any = subject.encoder
     with torch.no_grad():
         encoder.tower.layers[1].fc1.bias[0] = float("nan")
-    assert "12 of 12 embeddings hold values that are not finite" in said(check_forward(subject), "error")[0]
+    forward, backward = check_forward(subject), check_backward(subject)
+    assert "12 of 12 embeddings hold values that are not finite" in said(forward, "error")[0]
+    assert "the loss is not finite" in said(backward, "error")[0]
+    assert json.loads(json.dumps(backward.to_dict(), allow_nan=False))["values"]["loss"] == [None, None]
 
 
 def test_a_sample_shows_all_lengths_and_no_sound_twice(tiny: Tiny) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json as jsonlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from tuner.config import EncoderRef, TrialConfig
     from tuner.data.store import Store
+    from tuner.diagnose.findings import Diagnosis
     from tuner.space import SearchSpace
 
 FOUND_ERRORS = 1  # exit code; 2 is what every command answers to input that it cannot read
@@ -44,15 +47,12 @@ def diagnose(
     json: Annotated[bool, typer.Option("--json", help="all findings and values as JSON")] = False,
 ) -> None:
     """Check machine, data, encoder and LoRA in seven steps; exit code 1 when one of them found an error."""
-    import sys
-
     from tuner.commands.inputs import progress_bar
     from tuner.diagnose.run import diagnose as run_steps
     from tuner.diagnose.subject import DiagnoseRequest
+    from tuner.errors import ConfigError
 
     if precision not in ("auto", "bf16", "fp32"):
-        from tuner.errors import ConfigError
-
         raise ConfigError(f"--precision {precision}: give auto, bf16 or fp32")
     loaded = _space(space, placement)
     store, manifest = _data(data, encoder, pad_to_30s)
@@ -71,16 +71,18 @@ def diagnose(
     )
     with progress_bar("decoding recordings") as progress:
         diagnosis = run_steps(request, precision, _device(), progress)  # type: ignore[arg-type]
-    if json:
-        import json as jsonlib
-
-        typer.echo(jsonlib.dumps(diagnosis.to_dict(), indent=2))
-    else:
-        from tuner.diagnose.terminal import show
-
-        show(diagnosis, sys.stdout)
+    _tell(diagnosis, json)
     if diagnosis.count("error"):
         raise typer.Exit(FOUND_ERRORS)
+
+
+def _tell(diagnosis: Diagnosis, json: bool) -> None:
+    if json:
+        typer.echo(jsonlib.dumps(diagnosis.to_dict(), indent=2, allow_nan=False))
+        return
+    from tuner.diagnose.terminal import show
+
+    show(diagnosis, sys.stdout)
 
 
 def _space(name: str | None, placement: str | None) -> SearchSpace | None:

@@ -7,6 +7,7 @@ Shapes: B clips, D width of the text embeddings.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ def try_training(step: Step, member: Member, sample: Sample) -> MeasuredStep:
     step.values |= {"lora_tensors": len(names), "dead": dead, "base_with_gradient": strays, "clips": len(sample.clips)}
     step.values |= {"seconds": measured.seconds, "tokens": measured.tokens, "loss": [first.loss, measured.loss]}
     step.values["activation_bytes"] = measured.activation_bytes
+    if not math.isfinite(first.loss):
+        step.error("the loss is not finite", "see step 5: try --precision fp32, or fetch the model again")
     _tell(step, len(names), dead, strays)
     step.ok(
         f"a training step of {len(sample.clips)} clips ({measured.tokens} tokens) took {duration(measured.seconds)} "
@@ -126,7 +129,9 @@ def _backward(member: Member, sample: Sample, text_BD: Tensor) -> MeasuredStep:
 
 def _setting(encoder: AudioEncoder) -> str:
     dtype = str(encoder.dtype).removeprefix("torch.")
-    return f"{dtype} on {f'{torch.get_num_threads()} CPU threads' if encoder.device.type == 'cpu' else 'the GPU'}"
+    threads = torch.get_num_threads()
+    cpu = f"{threads} CPU thread{'' if threads == 1 else 's'}"
+    return f"{dtype} on {cpu if encoder.device.type == 'cpu' else 'the GPU'}"
 
 
 @contextmanager

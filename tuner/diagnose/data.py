@@ -114,13 +114,13 @@ def _duplicates(step: Step, found: Recordings) -> None:
         first = next((p, q) for p in leaks[0] for q in leaks[0] if found.splits[p] != found.splits[q])
         pair = " and ".join(f"{found.names[position]} ({found.splits[position]})" for position in first)
         step.error(
-            f"{len(leaks)} recordings are in two splits, for example {pair}",
+            f"recordings in two splits: {len(leaks)}, for example {pair}",
             "give all rows of one recording the same split and prepare the data again",
         )
     else:
         step.ok("no recording is in two splits, by content, file or clip_id")
     if repeats:
-        step.note(f"{repeats} clips repeat the sound of another one in the same split")
+        step.note(f"clips that repeat the sound of another one in the same split: {repeats}")
 
 
 def _captions(step: Step, found: Recordings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -67,7 +68,7 @@ class Step:
             "state": self.state,
             "skipped": self.skipped,
             "findings": [asdict(finding) for finding in self.findings],
-            "values": self.values,
+            "values": _plain(self.values),
         }
 
 
@@ -85,6 +86,15 @@ class Diagnosis:
         """Plain values, as `--json` prints them."""
         counts = {"errors": self.count("error"), "warnings": self.count("warning")}
         return {"format": 1, **counts, "steps": [step.to_dict() for step in self.steps]}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def gib(size: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tuner.config import LoraSpec, TrialConfig
+from tuner.data.store import Store
 from tuner.diagnose.adapter_files import check_targets, check_weights, read_peft_config
 from tuner.diagnose.cost import BYTES_PER_TRAINED, step_flops
 from tuner.diagnose.findings import Step, duration, flops, gib
@@ -75,8 +76,8 @@ def _placement(step: Step, subject: Subject, spec: EncoderSpec) -> bool:
     step.values["lora"] = {part: {"tensors": counts[part], "parameters": sizes[part]} for part in counts}
     untraced = "" if path is not None else "; not traced, since there is no forward pass (step 5)"
     step.ok(
-        f"rank {lora.rank} on {', '.join(placement.targets)}: {counts['tower']} LoRA tensors, {sizes['tower']:,} "
-        f"parameters in the tower; {counts['language_model']}, {sizes['language_model']:,} outside it{untraced}"
+        f"rank {lora.rank} on {', '.join(placement.targets)}: {counts['tower']} LoRA tensors ({sizes['tower']:,} "
+        f"parameters) in the tower, {counts['language_model']} ({sizes['language_model']:,}) outside it{untraced}"
     )
     return True
 
@@ -128,8 +129,8 @@ def _cost(step: Step, subject: Subject, spec: EncoderSpec) -> None:
         step.note("the cost of a step is not estimated: there are no clips to count (step 4)")
         return
     request, source = subject.request, subject.sample.source
-    clips = request.store.split("train") if request.store is not None else subject.sample.clips
-    frames = np.asarray(source.frames)[clips].tolist()
+    train = _train_clips(request.store) if request.store is source else []
+    frames = np.asarray(source.frames)[train or subject.sample.clips].tolist()
     batch, run = request.batch_size, encoding_spec(spec, request.lora)
     count = step_flops(spec, request.lora, frames)
     tokens = batch * float(np.mean([run.sequence_length(length) for length in frames]))
@@ -182,11 +183,16 @@ def _space(step: Step, subject: Subject, spec: EncoderSpec) -> None:
         many = f"{grid:,} configurations" + ("" if size is not None else " times the continuous dimensions")
         step.ok(f"space {request.space.name}: {many}, {low:,} to {high:,} trainable parameters")
     seconds = step.values.get("step", {}).get("seconds")
-    if seconds is None or request.store is None:
+    if seconds is None or request.store is None or not (train := _train_clips(request.store)):
         return
-    steps = request.epochs * steps_per_epoch(len(request.store.split("train")), request.batch_size)
+    steps = request.epochs * steps_per_epoch(len(train), request.batch_size)
     step.values["search"] = {"trials": request.trials, "steps": steps, "seconds": request.trials * steps * seconds}
     step.ok(
         f"{request.trials} trials of {request.epochs} epochs are {request.trials * steps} steps, about "
         f"{duration(request.trials * steps * seconds)} of training on this machine, less where frozen states are cached"
     )
+
+
+def _train_clips(store: Store) -> list[int]:
+    """Those of a store, none where its training split is empty (step 2 says so)."""
+    return [clip for clip, split in enumerate(store.split_names) if split == "train"]
