@@ -33,6 +33,7 @@ from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import TrialFailed
+from tuner.lanes.memory import set_lean_memory
 from tuner.lora.placement import resolve_placement
 from tuner.train.pack import Pack, PackContext
 
@@ -134,4 +135,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # As a lane has it; torch reads it at its first product.
+    set_lean_memory()
     run(main)

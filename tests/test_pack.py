@@ -11,7 +11,7 @@ from conftest import Tiny
 
 from tuner.config import LoraSpec, LossSpec, OptimSpec, TrialConfig
 from tuner.encoders.registry import inspect_encoder, load_encoder
-from tuner.errors import StudyError, TrialFailed
+from tuner.errors import DataError, StudyError, TrialFailed
 from tuner.lora.adapter import names
 from tuner.lora.placement import trainable_parameters
 from tuner.train.member import WarmupCosine
@@ -116,12 +116,22 @@ def test_training_from_the_cache_equals_training_live(tiny: Tiny, tmp_path: Path
 
 def test_an_interrupted_cache_is_filled_again(tiny: Tiny, tmp_path: Path) -> None:
     pack = make_pack(tiny)
-    first = open_prefix(pack.encoder, pack.store, 0, tmp_path, 50)
-    whole = first.table_RD.clone()
+    every = np.arange(len(pack.store))
+    whole = open_prefix(pack.encoder, pack.store, 0, tmp_path, 50).hidden(every).states_ND
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     (folder / "complete.json").unlink()
     (folder / "tokens.bin").write_bytes(b"half")
-    assert torch.equal(open_prefix(pack.encoder, pack.store, 0, tmp_path, 50).table_RD, whole)
+    assert torch.equal(open_prefix(pack.encoder, pack.store, 0, tmp_path, 50).hidden(every).states_ND, whole)
+
+
+def test_a_cache_cut_short_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    pack = make_pack(tiny)
+    prefix = open_prefix(pack.encoder, pack.store, 0, tmp_path, 50)
+    (tokens,) = tmp_path.glob("*/tokens.bin")
+    with tokens.open("r+b") as file:
+        file.truncate(tokens.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"tokens\.bin: shorter than it was"):
+        prefix.hidden(np.arange(len(pack.store)))
 
 
 def test_a_resumed_adapter_equals_one_that_went_on(tiny: Tiny, tmp_path: Path) -> None:

@@ -17,15 +17,13 @@ from tuner.config import RunSettings
 from tuner.errors import StudyError
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.lane import LaneConfig, host_lane
+from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
 
 # A fraction of the head node's own resource: keeps drivers, coordinator and trial clients off nodes that may go away.
 HEAD_NODE = {"node:__internal_head__": 0.001}
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
 STOP_SECONDS = 20.0
-# Training meets many matrix shapes. oneDNN keeps what it made for 1,024 of them, and each thread keeps a heap of its
-# own: together 600 MB more after a few epochs than with these, for no measurable speed.
-LEAN_MEMORY = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         options["runtime_env"] = {"env_vars": LEAN_MEMORY}
-    for name, value in LEAN_MEMORY.items():
-        os.environ.setdefault(name, value)
+    set_lean_memory()
     if address is None:
         options |= {"include_dashboard": dashboard, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:

@@ -2,7 +2,7 @@
 
 LoRA never touches what lies below its first adapted block, so the hidden states that enter this block are constants of
 the data set. `LivePrefix` computes them from features each time and is the reference; `CachedPrefix` reads them from a
-memory-mapped file that all trials, workers and lanes of a machine share.
+file that all trials, workers and lanes of a machine share.
 
 Shapes: B clips, N tokens of all clips end to end, D width, R rows of the cache file.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -66,21 +67,34 @@ class LivePrefix:
 
 
 class CachedPrefix:
-    """The same states from a file of tokens, one row a token, in the encoder's own number format."""
+    """The same states from a file of tokens, one row a token, in the encoder's own number format.
+
+    Rows are read, not mapped: mapped pages would count as memory of every worker, and a lost file would kill it.
+    """
 
     def __init__(self, folder: Path, depth: int, encoder: AudioEncoder, store: Store) -> None:
         self.depth, self.encoder, self.store = depth, encoder, store
         self.rows_N = row_lengths(encoder, store, depth)
-        self.start_N = np.concatenate([[0], np.cumsum(self.rows_N)])
-        width, total = encoder.spec.width(depth), int(self.start_N[-1])
-        flat = torch.from_file(str(folder / TOKENS_FILE), shared=False, size=total * width, dtype=encoder.dtype)
-        self.table_RD = flat.view(total, width)
+        self._row_bytes = encoder.spec.width(depth) * encoder.dtype.itemsize
+        self._start_N = np.concatenate([[0], np.cumsum(self.rows_N)]) * self._row_bytes
+        self._path = folder / TOKENS_FILE
+        self._file = os.open(self._path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def hidden(self, clips: NDArray[np.int64]) -> Hidden:
-        """See `Prefix.hidden`."""
-        parts = [self.table_RD[self.start_N[clip] : self.start_N[clip + 1]] for clip in clips]
-        packing = self.encoder.packing(self.rows_N[clips].tolist(), self.depth)
-        states_ND = packing.join(parts).to(self.encoder.device, non_blocking=True)
+        """See `Prefix.hidden`.
+
+        Raises:
+            DataError: the file is shorter than it was.
+        """
+        lengths = self.rows_N[clips].tolist()
+        packing = self.encoder.packing(lengths, self.depth)
+        rows = np.zeros((packing.tokens + packing.spare, self._row_bytes), dtype=np.uint8)
+        own = np.split(rows, np.cumsum(lengths))[:-1]
+        for clip, clip_rows in zip(clips, own, strict=True):
+            if os.preadv(self._file, [clip_rows], int(self._start_N[clip])) != clip_rows.nbytes:
+                raise DataError(f"{self._path}: shorter than it was; remove its folder, the next run makes it anew")
+        states_ND = torch.from_numpy(rows).view(self.encoder.dtype).to(self.encoder.device, non_blocking=True)
         return Hidden(states_ND, packing, frame_counts(self.store, clips))
 
 
