@@ -72,7 +72,7 @@ class PaddedPrefix(LivePrefix):
 class PaddedPack(Pack):
     """A pack that pads each forward pass to its longest clip; the reference of the packed one."""
 
-    def prefix(self, depth: int, encoder: AudioEncoder | None = None) -> Prefix:
+    def prefix(self, depth: int) -> Prefix:
         """See `Pack.prefix`."""
         assert depth == 0, "only adapters from block 0 on are compared"
         return PaddedPrefix(self.encoder, self.store, depth)
@@ -99,7 +99,7 @@ class FeaturesEachTime:
 class UncachedPack(Pack):
     """A pack that computes features from the recordings at every use."""
 
-    def prefix(self, depth: int, encoder: AudioEncoder | None = None) -> Prefix:
+    def prefix(self, depth: int) -> Prefix:
         """See `Pack.prefix`."""
         source: FeatureSource = FeaturesEachTime(self.store, self.encoder)
         return LivePrefix(self.encoder, source, depth)

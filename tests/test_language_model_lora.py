@@ -179,15 +179,15 @@ def test_the_cached_prefix_equals_the_live_one(full: Tiny, tmp_path: Path, depth
 
 
 def test_caches_of_a_prefix_belong_to_the_path(full: Tiny, tiny_qwen: Tiny, tmp_path: Path) -> None:
-    """The tower's states are shared by studies of either path; a language model's own are not mistaken for them."""
-    for data, trials in ((full, ["t0001", "t0003"]), (tiny_qwen, ["t0001"])):
+    """The tower's states are shared by studies of either path; those in the language model are its own."""
+    for data, trials in ((full, ["t0001", "t0002", "t0003"]), (tiny_qwen, ["t0001"])):
         pack = make_pack(data, tmp_path, epochs=1)
         for trial in trials:
             pack.attach(trial, CONFIGS[trial])
         train(pack, trials)
     tower, whole = (inspect_encoder(data.encoder).fingerprint[:16] for data in (tiny_qwen, full))
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(
-        [f"tiny-store-{tower}-0-float32", f"tiny-store-{whole}-1-float32"]
+        [f"tiny-store-{tower}-0-float32", f"tiny-store-{tower}-1-float32", f"tiny-store-{whole}-3-float32"]
     )
 
 

@@ -56,10 +56,9 @@ class Pack:
         self.train_clips = self.store.split("train")
         self.length_N = row_lengths(self.encoder, self.store)
         self.text_MD = torch.from_numpy(np.array(self.store.text_embeddings)).to(self.device)
-        # By the fingerprint of the encoder as far as a member runs it, and by depth.
-        self._prefixes: dict[tuple[str, int], Prefix] = {}
-        self._lengths: dict[tuple[str, int], NDArray[np.int64]] = {}
-        self._paths: dict[str, EncodingPath] = {}
+        self._prefixes: dict[int, Prefix] = {}
+        self._lengths: dict[int, NDArray[np.int64]] = {}
+        self._paths: dict[str, EncodingPath] = {}  # by the fingerprint of the encoder as far as a member runs it
         self._frozen_table: Tensor | None = None
 
     @property
@@ -99,30 +98,26 @@ class Pack:
         """Remove an adapter and everything it held."""
         self.members.pop(trial).detach()
 
-    def prefix(self, depth: int, encoder: AudioEncoder | None = None) -> Prefix:
-        """Hidden states below block `depth`, from the machine's cache when there is one.
-
-        Args:
-            encoder: as far as a member runs it; by default the whole of what is loaded.
-        """
-        encoder = encoder or self.encoder
-        key = (encoder.spec.fingerprint, depth)
-        if key not in self._prefixes:
-            context = self.context
+    def prefix(self, depth: int) -> Prefix:
+        """Hidden states below block `depth`, from the machine's cache when there is one."""
+        if depth not in self._prefixes:
+            context, tower = self.context, self.encoder.tower_alone
+            # What enters a block of the tower is the tower's own, so studies of either path share its cache.
+            encoder = tower if depth < tower.spec.num_layers else self.encoder
             if context.prefix_root is None:
-                self._prefixes[key] = LivePrefix(encoder, self.store, depth)
+                self._prefixes[depth] = LivePrefix(encoder, self.store, depth)
             else:
                 activate(encoder, None)
                 budget = self.settings.tokens_per_forward
-                self._prefixes[key] = open_prefix(encoder, self.store, depth, context.prefix_root, budget)
-        return self._prefixes[key]
+                self._prefixes[depth] = open_prefix(encoder, self.store, depth, context.prefix_root, budget)
+        return self._prefixes[depth]
 
     def lengths(self, member: Member) -> NDArray[np.int64]:
         """Tokens of each clip of the store that enter the first block which this member runs itself."""
-        key = (member.encoder.spec.fingerprint, 0 if member.placement is None else member.depth)
-        if key not in self._lengths:
-            self._lengths[key] = row_lengths(member.encoder, self.store, key[1])
-        return self._lengths[key]
+        depth = 0 if member.placement is None else member.depth
+        if depth not in self._lengths:
+            self._lengths[depth] = row_lengths(self.encoder, self.store, depth)
+        return self._lengths[depth]
 
     def train_epoch(
         self, trials: Sequence[str], progress: StepProgress | None = None
@@ -193,19 +188,18 @@ class Pack:
             pooled = self._frozen_pooled(clips)
             member.activate(training)
             return pooled
-        prefix, lengths = self.prefix(member.depth, member.encoder), self.lengths(member)[clips]
+        prefix, lengths = self.prefix(member.depth), self.lengths(member)[clips]
         member.activate(training)
         return pool_clips(member.encoder, prefix, clips, lengths, self.settings.tokens_per_forward)
 
     def _frozen_pooled(self, clips: NDArray[np.int64]) -> Tensor:
         """Pooled states of the tower as it is: without LoRA nothing before the head ever changes."""
         if self._frozen_table is None:
-            encoder, budget = self.encoder.tower_alone, self.settings.tokens_per_forward
-            source = self.prefix(0, encoder)
+            encoder, budget, source = self.encoder.tower_alone, self.settings.tokens_per_forward, self.prefix(0)
             activate(encoder, None)
             with torch.no_grad():
                 every = np.arange(len(self.store))
-                self._frozen_table = pool_clips(encoder, source, every, row_lengths(encoder, self.store), budget)
+                self._frozen_table = pool_clips(encoder, source, every, self.length_N, budget)
         return self._frozen_table[torch.from_numpy(clips).to(self.device)]
 
     @torch.no_grad()
