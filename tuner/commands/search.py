@@ -22,54 +22,67 @@ DEFAULT_TRIALS = 7
 INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 
 
+# Options whose help fills a line of its own.
+Placement = Annotated[
+    str | None, typer.Option(help="adapt the tower, language_model or both; default: as the space says")
+]
+EncoderPath = Annotated[
+    str | None,
+    typer.Option(help="audio_tower, or full_forward through the language model; default: what the space needs"),
+]
+Objectives = Annotated[
+    list[str] | None,
+    typer.Option(help="a metric to maximise, and trainable_parameters to minimise; repeat for both (the default)"),
+]
+Trials = Annotated[
+    int | None, typer.Option(min=1, help=f"total number of trials of the study  [default: {DEFAULT_TRIALS}]")
+]
+Lanes = Annotated[int | None, typer.Option(min=1, help="training processes groups; default: one a GPU, else one")]
+OffPath = Annotated[
+    str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
+]
+Dashboard = Annotated[bool, typer.Option(help="start the Ray dashboard too, with the embedded Ray (400 MB)")]
+Tflops = Annotated[
+    float | None, typer.Option(min=1e-6, help="with --dry-run: TFLOP/s that one worker reaches; default: timed here")
+]
+
+
 def search(
     space: Annotated[str, typer.Option(help="a space's name (see `tuner spaces`) or a YAML file")] = "attention_only",
     data: Annotated[str, typer.Option(help="manifest, prepared store, or 'demo'")] = "demo",
     encoder: Annotated[str | None, typer.Option(help="audio encoder; needed when --data is a manifest")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="text encoder; needed when --data is a manifest")] = None,
     pad_to_30s: Annotated[bool, typer.Option("--pad-to-30s", help="the original 30 s window for every clip")] = False,
-    placement: Annotated[
-        str | None, typer.Option(help="adapt the tower, language_model or both; default: as the space says")
-    ] = None,
-    path: Annotated[
-        str | None,
-        typer.Option(help="audio_tower, or full_forward through the language model; default: what the space needs"),
-    ] = None,
-    objective: Annotated[
-        list[str] | None,
-        typer.Option(help="a metric to maximise, and trainable_parameters to minimise; repeat for both (the default)"),
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help=f"total number of trials of the study  [default: {DEFAULT_TRIALS}]")
-    ] = None,
+    placement: Placement = None,
+    path: EncoderPath = None,
+    objective: Objectives = None,
+    trials: Trials = None,
     epochs: Annotated[int, typer.Option(min=1, help="of each trial")] = 3,
     batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = 64,
     study: Annotated[str | None, typer.Option(help="name of the study; default: the space's, numbered")] = None,
     resume: Annotated[str | None, typer.Option(help="go on with this study; a larger --trials extends it")] = None,
     runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),
-    lanes: Annotated[
-        int | None, typer.Option(min=1, help="training processes groups; default: one a GPU, else one")
-    ] = None,
+    lanes: Lanes = None,
     workers: Annotated[int, typer.Option(min=1, help="workers that share each batch of a lane")] = 1,
     pack: Annotated[int, typer.Option(min=1, help="adapters that a lane holds at once")] = 1,
     precision: Annotated[str, typer.Option(help="of the frozen encoder: auto, bf16 or fp32")] = "auto",
-    off_path: Annotated[
-        str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
-    ] = "refuse",
+    off_path: OffPath = "refuse",
     seed: Annotated[int, typer.Option(min=0, help="of sampler, initialisation, dropout and batches")] = 0,
     address: Annotated[str | None, typer.Option(help="Ray cluster to use; default: Ray inside this process")] = None,
-    dashboard: Annotated[
-        bool, typer.Option(help="start the Ray dashboard too, with the embedded Ray (400 MB)")
-    ] = False,
+    dashboard: Dashboard = False,
     json: Annotated[bool, typer.Option("--json", help="events as JSON lines on standard output")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, train nothing")] = False,
+    tflops: Tflops = None,
 ) -> None:
     """Search LoRA configurations; the result is a front of recall against trainable parameters."""
-    from tuner.commands.inputs import DataChoice, say
+    from tuner.commands.dry_run import dry_run as show_cost
+    from tuner.commands.inputs import DataChoice
+    from tuner.errors import ConfigError
     from tuner.lanes.fleet import FleetOptions
-    from tuner.report.live import make_view
-    from tuner.search.run import run_search
     from tuner.search.study import resumed_request
 
+    if resume is not None and dry_run:
+        raise ConfigError("--dry-run: reckons new studies; leave --resume away")
     options = FleetOptions(lanes, workers, pack)
     if resume is not None:
         request = resumed_request(_folder(runs, resume), trials)
@@ -80,8 +93,19 @@ def search(
         request = _new_request(_load_space(space, placement), choice, path, objective, study, runs, values)
         request = replace(request, trials=trials or DEFAULT_TRIALS, seed=seed)
     request = replace(request, address=address, dashboard=dashboard, fleet=options)
+    if dry_run:
+        show_cost(request, tflops, json)
+    else:
+        _run(request, json, resume is not None)
+
+
+def _run(request: SearchRequest, json: bool, resume: bool) -> None:
+    from tuner.commands.inputs import say
+    from tuner.report.live import make_view
+    from tuner.search.run import run_search
+
     try:
-        front = run_search(request, make_view("json" if json else "auto"), resume is not None)
+        front = run_search(request, make_view("json" if json else "auto"), resume)
     except KeyboardInterrupt:
         # Said here: Typer turns the interrupt itself into a silent exit.
         again = f"tuner search --resume {request.study} --runs {request.run_dir.parent}"

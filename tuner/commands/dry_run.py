@@ -1,0 +1,70 @@
+"""What `tuner search --dry-run` prints."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from tuner.search.estimate import Estimate
+    from tuner.search.study import SearchRequest
+
+
+def dry_run(request: SearchRequest, tflops: float | None, json: bool) -> None:
+    """Print what this search would cost; nothing is trained and nothing is written."""
+    from tuner.search.estimate import estimate_search
+
+    estimate = estimate_search(request, tflops * 1e12 if tflops else None)
+    if json:
+        totals = {"total_flops": estimate.total_flops, "hours": estimate.hours, "worker_hours": estimate.worker_hours}
+        typer.echo(jsonlib.dumps(asdict(estimate) | totals, indent=2))
+        return
+    for label, value in _lines(request, estimate):
+        typer.echo(f"{label:<13} {value}")
+
+
+def _lines(request: SearchRequest, estimate: Estimate) -> list[tuple[str, str]]:
+    parts = (
+        f"training {_si(estimate.training_flops)} + validation {_si(estimate.validation_flops)} "
+        f"+ frozen blocks {_si(estimate.shared_flops)} + confirmation {_si(estimate.confirmation_flops)}"
+    )
+    each = (estimate.cheapest_trial_flops, estimate.median_trial_flops, estimate.dearest_trial_flops)
+    source = "declared with --tflops" if estimate.declared else "an fp32 matrix product, timed here; or say --tflops"
+    fleet = f"{_count(estimate.lanes, 'lane')} of {_count(estimate.workers, 'worker')}"
+    rate = f"{_si(estimate.flops_per_second)}FLOP/s a worker ({source})"
+    return [
+        (
+            "search",
+            f"{estimate.trials} trials of {estimate.epochs} epochs, {estimate.training_clips:,} training clips, "
+            f"space {request.space.name}",
+        ),
+        ("operations", f"{_si(estimate.total_flops)}FLOP at most: {parts}"),
+        ("one trial", "{} to {}FLOP, median {}".format(*(_si(value) for value in (each[0], each[2], each[1])))),
+        ("time", f"{_hours(estimate.hours)} on {fleet}, {_hours(estimate.worker_hours)} of workers or GPUs in all"),
+        ("at", rate),
+        ("memory", f"{_si(estimate.worker_bytes)}B a worker at most, besides the program itself"),
+        ("disk", f"{_si(estimate.cache_bytes)}B of frozen states at most, on each machine with a lane"),
+        ("left out", "starting Ray and lanes, waiting for machines, the report"),
+    ]
+
+
+def _si(value: float) -> str:
+    """`4.53 T`: three figures and a decimal prefix."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if value < 999.5 or prefix == "E":
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    raise AssertionError("the last prefix takes everything")
+
+
+def _hours(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,157 @@
+"""What a search would cost, before anything trains: operations, hours, memory, disk. No torch here.
+
+The configurations are those that the search itself would ask for: the fixed ones, then what its sampler draws while it
+knows no results. Which ones it draws later depends on results, so the sum is an estimate; each trial's share is exact
+to the formula of `tuner.lora.cost`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+
+from tuner.config import TrialConfig
+from tuner.data.store import Store
+from tuner.encoders.registry import inspect_encoder
+from tuner.encoders.spec import EncoderSpec
+from tuner.lora.cost import Lengths, first_adapted, frozen_flops, training_bytes, training_flops, validation_flops
+from tuner.lora.placement import encoding_spec
+from tuner.search.searcher import StudySearcher
+from tuner.search.study import SearchRequest, check_fit, fixed_configurations
+
+# Unknown before a lane has asked its machine: the larger one, so that memory and disk are bounds.
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "auto": 4}
+# A product whose operands outgrow the caches, as those of training do.
+PROBE_SIZE = 2048
+PROBE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of a whole search. Operations are floating-point ones, a multiply-add counts two."""
+
+    trials: int
+    epochs: int
+    training_clips: int
+    training_flops: int
+    validation_flops: int
+    shared_flops: int  # stem and frozen blocks, once for each first adapted block
+    confirmation_flops: int  # if every trial were on the front
+    cheapest_trial_flops: int
+    median_trial_flops: int
+    dearest_trial_flops: int
+    worker_bytes: int  # weights, adapters, activations of one worker, at most
+    cache_bytes: int  # prefix states on disk, at most
+    flops_per_second: float  # that one worker reaches
+    declared: bool  # whether the user said so; else a matrix product was timed here
+    lanes: int
+    workers: int
+
+    @property
+    def total_flops(self) -> int:
+        """Everything."""
+        return self.training_flops + self.validation_flops + self.shared_flops + self.confirmation_flops
+
+    @property
+    def worker_hours(self) -> float:
+        """Hours of one worker, which is one GPU where there are any."""
+        return self.total_flops / self.flops_per_second / 3600
+
+    @property
+    def hours(self) -> float:
+        """Hours on the clock when lanes and workers are never idle."""
+        return self.worker_hours / (min(self.lanes, self.trials) * self.workers)
+
+
+def estimate_search(request: SearchRequest, flops_per_second: float | None = None) -> Estimate:
+    """Add up the trials of a search.
+
+    Args:
+        flops_per_second: what one worker reaches in training; None times a matrix product on this machine.
+
+    Raises:
+        StudyError, PlacementError, DataError, EncoderError: the request does not fit encoder or data.
+    """
+    store = Store.open(request.store_path)
+    spec = inspect_encoder(request.settings.encoder)
+    check_fit(request, spec, store)
+    configs = planned_configurations(request)
+    lengths = {name: Lengths.of(store.frames[store.split(name)].tolist()) for name in ("train", "validation", "test")}
+    every, epochs, text_dim = Lengths.of(store.frames.tolist()), request.settings.epochs, store.text_dim
+    training = [epochs * training_flops(spec, config, lengths["train"], text_dim) for config in configs]
+    validation = [epochs * validation_flops(spec, config, lengths["validation"], text_dim) for config in configs]
+    each = [sum(costs) for costs in zip(training, validation, strict=True)]
+    measured = (lengths["validation"], lengths["test"])
+    confirmation = sum(
+        validation_flops(spec, config, part, text_dim) + frozen_flops(spec, config.lora, part)
+        for config in configs
+        for part in measured
+    )
+    prefixes = _prefixes(spec, configs)
+    element, settings, fleet = ELEMENT_BYTES[request.settings.precision], request.settings, request.fleet
+    return Estimate(
+        trials=len(configs),
+        epochs=epochs,
+        training_clips=lengths["train"].clips,
+        training_flops=sum(training),
+        validation_flops=sum(validation),
+        shared_flops=sum(frozen_flops(spec, config.lora, every) for config in prefixes.values()),
+        confirmation_flops=confirmation,
+        cheapest_trial_flops=min(each),
+        median_trial_flops=int(statistics.median(each)),
+        dearest_trial_flops=max(each),
+        worker_bytes=max(
+            training_bytes(spec, config, settings.tokens_per_forward, element, fleet.pack) for config in configs
+        ),
+        cache_bytes=_cached_bytes(spec, configs, every, element),
+        flops_per_second=flops_per_second or measured_rate(),
+        declared=flops_per_second is not None,
+        lanes=fleet.lanes or 1,
+        workers=fleet.workers,
+    )
+
+
+def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
+    """The configurations that a new study would start with if no trial ever ended."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(directions=[objective.direction for objective in request.objectives])
+    fixed, objectives = fixed_configurations(), request.objectives
+    searcher = StudySearcher(study, request.space, objectives, fixed, request.trials, {}, request.seed)
+    suggested = (searcher.suggest(str(number)) for number in range(request.trials))
+    return [TrialConfig.model_validate(suggestion["config"]) for suggestion in suggested]
+
+
+def measured_rate() -> float:
+    """Operations a second of an fp32 matrix product in numpy on all cores of this machine, the best of a second."""
+    random = np.random.default_rng(0)
+    left, right = (random.standard_normal((PROBE_SIZE, PROBE_SIZE), dtype=np.float32) for _ in range(2))
+    out = np.empty_like(left)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < PROBE_SECONDS:
+        started = time.perf_counter()
+        np.matmul(left, right, out=out)
+        best = min(best, time.perf_counter() - started)
+    return 2 * PROBE_SIZE**3 / best
+
+
+def _prefixes(spec: EncoderSpec, configs: Iterable[TrialConfig]) -> dict[int, TrialConfig]:
+    """One configuration for each set of frozen states, by the depth where they enter what is trained.
+
+    The tower's own states serve trials that end there and trials that go on through the language model.
+    """
+    found: dict[int, TrialConfig] = {}
+    for config in configs:
+        whole = encoding_spec(spec, config.lora).num_layers
+        found.setdefault(first_adapted(spec, config.lora) if config.lora else whole, config)
+    return found
+
+
+def _cached_bytes(spec: EncoderSpec, configs: Iterable[TrialConfig], every: Lengths, element: int) -> int:
+    """Size of the files of states that enter the first adapted block; trials without LoRA share those of block 0."""
+    depths = {first_adapted(spec, config.lora) if config.lora else 0 for config in configs}
+    return sum(every.tokens(spec, depth)[0] * spec.width(depth) * element for depth in depths)
