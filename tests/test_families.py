@@ -28,6 +28,7 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.errors import EncoderError
 from tuner.lora import adapter as adapters
 from tuner.lora.placement import resolve_placement
+from tuner.search.study import path_note
 from tuner.train.embed import Clips
 from tuner.train.member import Member
 from tuner.train.model import encoder_precision, pool_clips
@@ -413,7 +414,12 @@ def test_the_path_says_where_the_tower_is(made: Made) -> None:
     spec, case = made.spec, made.case
     if case.feature_channels == 1:
         assert (spec.path, spec.tower_path) == ("full_forward", None)
-    elif case.placement == "tower":
+        assert "the whole of it is the encoder (path full_forward)" in str(path_note(spec))
+        asked = EncoderRef(source=str(made.folder), path="full_forward")
+        assert inspect_encoder(asked) == spec
+        return
+    assert path_note(spec) is None
+    if case.placement == "tower":
         assert (spec.path, spec.tower_path, spec.tower_alone) == ("audio_tower", case.tower, None)
     else:
         assert (spec.path, spec.tower_path) == ("full_forward", f"{case.tower}.audio_tower")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from study_folder import HEAD, HOSTILE, write_run
@@ -294,3 +295,24 @@ def test_browser_draws_every_chart_without_a_network(finished: Path, page: Page,
     drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     assert "could not be drawn" not in drawn.split("<script")[0]
     assert len(re.findall(r"<svg[^>]*class=\"marks\"", drawn)) == len(page.charts)
+
+
+def test_a_point_says_which_part_it_adapts(tmp_path: Path) -> None:
+    """In the table and in the chart's tooltip; of the tower, as most are, nothing is said."""
+    folder = write_run(tmp_path / "parts")
+    front = json.loads((folder / "front.json").read_text())
+    adapted = [point for point in front["points"] if point["config"]["lora"]]
+    assert len(adapted) > 1
+    adapted[0]["config"]["lora"]["placement"] = "language_model"
+    (folder / "front.json").write_text(json.dumps(front))
+    rows = pq.read_table(folder / "trials.parquet").to_pylist()
+    for row in rows:
+        row["lora.placement"] = "both" if row["trial"] == adapted[0]["trial"] else "tower"
+    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
+    study = json.loads((folder / "study.json").read_text())
+    study["encoder"] |= {"shape": "3 blocks of width 32, then 2 blocks of width 40", "path": "full_forward"}
+    (folder / "study.json").write_text(json.dumps(study))
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert text.count(" in the language model") == 1
+    assert "whisper, 3 blocks of width 32, then 2 blocks of width 40 (full_forward)" in text
+    assert json.dumps(all_charts(read_run(folder))).count(" in tower and language model") >= 1

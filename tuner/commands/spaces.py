@@ -52,6 +52,5 @@ def show(
     grid = f"{space.size(countable_only=True):,}"
     typer.echo(space.to_yaml())
     typer.echo(f"configurations:        {grid if size is not None else f'{grid} times the continuous dimensions'}")
-    stages = ", then ".join(f"{stage.layers} blocks of width {stage.width}" for stage in spec.stages)
-    typer.echo(f"encoder:               {spec.family}, {stages}")
+    typer.echo(f"encoder:               {spec.family}, {spec.shape}")
     typer.echo(f"trainable parameters:  {sizes}")

@@ -103,6 +103,11 @@ class EncoderSpec:
         return self.stages[-1].width
 
     @property
+    def shape(self) -> str:
+        """The blocks in words: `32 blocks of width 1280, then 32 blocks of width 4096`."""
+        return ", then ".join(f"{stage.layers} blocks of width {stage.width}" for stage in self.stages)
+
+    @property
     def block_names(self) -> tuple[str, ...]:
         """Names of all blocks below the root of the adapters, by depth."""
         return tuple(name for stage in self.stages for name in stage.block_names())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.pareto import hypervolume
 from tuner.report.answer import interval_of
-from tuner.report.run import BASELINE, PARAMETERS, RECOMMENDED, Run, TrialSummary, finite, metric_of, read_run
+from tuner.report.run import BASELINE, PARAMETERS, RECOMMENDED, Run, TrialSummary, finite, metric_of, placed, read_run
 
 if TYPE_CHECKING:
     import altair as alt
@@ -194,7 +194,8 @@ def _role(run: Run, trial: TrialSummary) -> str:
 
 
 def _mark(run: Run, trial: TrialSummary) -> dict[str, Any]:
-    rank, targets = trial.config.get("lora.rank"), run.setting(trial, "lora.targets")
+    rank = trial.config.get("lora.rank")
+    targets = placed(str(run.setting(trial, "lora.targets")), trial.config.get("lora.placement"))
     return {
         "trial": trial.trial,
         "role": _role(run, trial),

@@ -10,7 +10,7 @@ from typing import Any
 
 from tuner.report.answer import difference_of, headline, interval_of
 from tuner.report.charts import ROLES, all_charts
-from tuner.report.run import BASELINE, RECOMMENDED, Run, metric_of, read_run
+from tuner.report.run import BASELINE, RECOMMENDED, Run, metric_of, placed, read_run
 
 REPORT_FILE = "report.html"
 TEMPLATE = "page.html"
@@ -85,7 +85,7 @@ def _point(run: Run, point: dict[str, Any]) -> dict[str, Any]:
         "rank": lora.get("rank"),
         "alpha": lora["alpha_ratio"] * lora["rank"] if lora else None,
         "dropout": lora.get("dropout"),
-        "targets": ", ".join(lora.get("targets", ())),
+        "targets": placed(", ".join(lora.get("targets", ())), lora.get("placement")),
         "modules": point.get("target_modules") or [],
         "layers": _spans(point.get("layers") or []),
         "lora_parameters": point["lora_parameters"],

@@ -149,6 +149,12 @@ def read_run(folder: Path) -> Run:
     return Run(folder, study, rows, front)
 
 
+def placed(targets: str, placement: str | None) -> str:
+    """Target modules with the part of the model that has them, unless it is the tower."""
+    parts = {"language_model": " in the language model", "both": " in tower and language model"}
+    return targets + parts.get(placement or "tower", "")
+
+
 def metric_of(measured: Mapping[str, Any], metric: str) -> float | None:
     """A metric of a front point: at the top (`recall@10`) or in one of the directions (`audio_to_text_R@10`)."""
     if metric in measured:

@@ -26,7 +26,7 @@ from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select
 from tuner.search.records import FRONT_FILE, STUDY_FILE, Journal, write_json
 from tuner.search.searcher import StudySearcher, trial_id
-from tuner.search.study import SearchRequest, check_fit, fixed_configurations, open_record, open_storage
+from tuner.search.study import SearchRequest, check_fit, fixed_configurations, open_record, open_storage, path_note
 
 ENDS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
@@ -50,8 +50,8 @@ def run_search(request: SearchRequest, view: View, resume: bool = False) -> dict
     try:
         with connected(request.address, request.dashboard) as dashboard_url:
             view.start(_header(request, dashboard_url))
-            if spec.tower_path is None:
-                view.message(f"{spec.source} is no tower inside a larger model: all of it runs (path full_forward)")
+            if note := path_note(spec):
+                view.message(note)
             front = _Search(request, record, journal, view, spec, store).run()
     finally:
         journal.close()

@@ -81,6 +81,13 @@ def _count(spec: EncoderSpec, config: TrialConfig, text_dim: int) -> None:
     trainable_parameters(spec, config, text_dim)
 
 
+def path_note(spec: EncoderSpec) -> str | None:
+    """What to tell the user of the encoding path before anything trains; None where it is as it was asked for."""
+    if spec.tower_path is not None:
+        return None
+    return f"{spec.source}: no tower inside a larger model, the whole of it is the encoder (path {spec.path})"
+
+
 def fixed_configurations() -> dict[str, TrialConfig]:
     """What every study measures first: the projection alone, and the strategy document's recommendation."""
     return {BASELINE: TrialConfig(), RECOMMENDED: TrialConfig(lora=RECOMMENDATION)}
@@ -153,6 +160,7 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
             "source": spec.source,
             "num_layers": spec.num_layers,
             "hidden_size": spec.hidden_size,
+            "shape": spec.shape,
             "path": spec.path,
         },
         "data": {**counts, "captions": len(store.captions)},
