@@ -174,6 +174,7 @@ def test_a_trace_leaves_adapters_alone(tiny: Tiny) -> None:
     adapted = trace_tiny(encoder, tiny)
     assert adapted == clean and len(clean.on_path) == 18
     assert adapters.active(encoder) == "a"
+    assert not any(module._forward_hooks for module in encoder.modules())
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 

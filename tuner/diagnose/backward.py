@@ -1,6 +1,6 @@
 """Step 6: two real training steps: every LoRA tensor and the projection must have gradient, the base none.
 
-At the very first step A has no gradient by construction, since B is zero: B is looked at there, and both at the second.
+At the first step A has no gradient by construction, since B is zero: gradients are looked at after it.
 
 Shapes: B clips, D width of the text embeddings.
 """
@@ -49,20 +49,17 @@ def check_backward(subject: Subject) -> Step:
 
 
 def try_training(step: Step, member: Member, sample: Sample) -> MeasuredStep:
-    """Two steps with the gradients looked at between them; the time and memory of the second one."""
+    """A step, then forward and backward again, whose gradients are looked at; the time and memory of that."""
     text_BD = _text(sample, member)
     first = _backward(member, sample, text_BD)
     names = [name for name, _ in _lora(member)]
-    dead = [name for name, parameter in _lora(member) if ".lora_B." in name and not _has_gradient(parameter)]
-    dead += _frozen_projection(member)
     member.step()
     # Kernels are made at the first meeting with a shape: the fastest of a few steps is what a search sees.
     attempts = [_backward(member, sample, text_BD)]
     while len(attempts) < ATTEMPTS and sum(attempt.seconds for attempt in attempts) < ENOUGH_SECONDS:
         attempts.append(_backward(member, sample, text_BD))
     measured = min(attempts, key=lambda attempt: attempt.seconds)
-    later = [name for name, parameter in _lora(member) if not _has_gradient(parameter)]
-    dead = list(dict.fromkeys([*dead, *later]))
+    dead = [name for name, parameter in _lora(member) if not _has_gradient(parameter)] + _frozen_projection(member)
     strays = [
         name for name, parameter in member.encoder.tower.named_parameters() if name not in names and _moves(parameter)
     ]
