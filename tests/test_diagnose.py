@@ -17,15 +17,12 @@ import transformers
 from conftest import Tiny, write_encoder, write_store
 from safetensors.torch import load_file, save_file
 from test_families import NORMALISED, qwen2_audio, waveform
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from trained_adapter import train_and_export
 
 from tuner.config import EncoderRef, LoraSpec, TrialConfig
 from tuner.data.store import Store
 from tuner.diagnose import environment
 from tuner.diagnose.backward import check_backward, try_training
-from tuner.diagnose.cost import step_flops
 from tuner.diagnose.data import check_data
 from tuner.diagnose.features import check_features
 from tuner.diagnose.findings import Diagnosis, Step
@@ -37,7 +34,8 @@ from tuner.diagnose.subject import DiagnoseRequest, Sample, Subject
 from tuner.diagnose.whole import whole_model
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
-from tuner.lora.placement import resolve_placement
+from tuner.lora.cost import Lengths, training_flops
+from tuner.lora.placement import trainable_parameters
 from tuner.space import load_space
 from tuner.train.embed import Clips
 from tuner.train.member import Member
@@ -554,41 +552,18 @@ def test_the_measured_ratio_at_real_size(real_size: EncoderSpec) -> None:
     assert any("7.6 times the 5.24M" in text for text in said(step, "note"))
 
 
-def test_flops_at_real_size(real_size: EncoderSpec) -> None:
-    """Forward and LoRA step of a 10 s clip within 5 % of what was counted on the model: 0.676 and 1.398 TF."""
-    count = step_flops(real_size, LoraSpec(rank=16, targets=ATTENTION), [1000])
-    assert count.forward == pytest.approx(0.676e12, rel=0.05)
-    assert count.step == pytest.approx(1.398e12, rel=0.05)
-
-
-@pytest.mark.parametrize("first_layer", [0, 1])
-def test_flops_are_those_that_torch_counts(tiny: Tiny, first_layer: int) -> None:
-    """Slow reference: every product of a real step. Clips fill the pack, whose spare rows are not counted."""
-    encoder = load_encoder(inspect_encoder(tiny.encoder), torch.float32)
-    lora = LoraSpec(rank=4, targets=(*ATTENTION, "fc1", "fc2"), first_layer=first_layer)
-    frames = [127] * 4
-    assert 4 * encoder.spec.sequence_length(127) == 256
-    member = Member("t", TrialConfig(lora=lora), encoder, 8, 2)
-    member.activate(training=True)
-    packing = encoder.packing([64] * 4)
-    states = torch.randn(256, 32)
-    with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
-        # torch counts no product inside its fused attention on a CPU, and none that is added in place.
-        patch.setattr("tuner.lora.linear.LoraLinear._trained_alone", lambda self, x: None)
-        patch.setattr(nn.functional, "scaled_dot_product_attention", plain_attention)
-        for index in range(first_layer, 3):
-            states = encoder.block(index, states, packing)
-        states.square().sum().backward()  # type: ignore[no-untyped-call]
-    count = step_flops(encoder.spec, lora, frames)
-    # The first adapted block sends nothing further back through its first layers.
-    assert counter.get_total_flops() == pytest.approx(count.step, rel=0.15)
-    assert counter.get_total_flops() < count.step
-    assert list(resolve_placement(encoder.spec, lora).layers) == list(range(first_layer, 3))
-
-
-def plain_attention(query: Any, key: Any, value: Any, scale: float, **more: Any) -> Any:
-    assert more == {"attn_mask": None, "is_causal": False}
-    return (query @ key.transpose(-1, -2) * scale).softmax(dim=-1) @ value
+def test_the_cost_of_a_step_is_that_of_its_clips(tiny: Tiny) -> None:
+    """Of an epoch the share of one batch; time and memory follow the tokens that step 6 measured."""
+    found = diagnose(request(tiny, batch_size=12), "fp32")
+    backward, cost = found.steps[5].values, found.steps[6].values["step"]
+    store, spec = tiny.store(), inspect_encoder(tiny.encoder)
+    frames = store.frames[store.split("train")].tolist()
+    assert cost["step_flops"] == training_flops(spec, TRIAL, Lengths.of(frames), store.text_dim) / 3
+    assert cost["tokens"] == pytest.approx(sum(map(spec.sequence_length, frames)) / 3)
+    assert cost["seconds"] == pytest.approx(backward["seconds"] * cost["tokens"] / backward["tokens"])
+    kept = backward["activation_bytes"] * cost["tokens"] / backward["tokens"]
+    trained = trainable_parameters(spec, TRIAL, store.text_dim)
+    assert cost["memory_bytes"] == pytest.approx(found.steps[2].values["memory_bytes"] + 16 * trained + kept)
 
 
 def test_parts_of_a_whole_model(qwen: Path) -> None:

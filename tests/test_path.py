@@ -46,7 +46,7 @@ def names(linears: Sequence[Any]) -> list[str]:
 
 def test_the_targets_of_every_family_are_on_the_path(made: Made) -> None:  # noqa: F811
     encoder = made.encoder()
-    path, placement = trace(encoder), resolve_placement(encoder.spec, LoraSpec(rank=1, targets=ALL))
+    path, placement = trace(encoder), resolve_placement(encoder.spec, made.lora(1, ALL))
     assert set(placement.modules) <= set(names(path.on_path))
     assert check_placement(placement, path, "refuse") is None
     assert path.clips == 2 and path.tokens == sum(

@@ -9,12 +9,12 @@ import numpy as np
 from tuner.config import LoraSpec, TrialConfig
 from tuner.data.store import Store
 from tuner.diagnose.adapter_files import check_targets, check_weights, read_peft_config
-from tuner.diagnose.cost import BYTES_PER_TRAINED, step_flops
 from tuner.diagnose.findings import Step, duration, flops, gib
 from tuner.diagnose.subject import TEXT_DIM, Subject
 from tuner.diagnose.whole import WholeModel, lora_size, whole_model
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import AdapterError, PlacementError
+from tuner.lora.cost import BYTES_TRAINED, Lengths, frozen_flops, training_flops
 from tuner.lora.path import check_placement
 from tuner.lora.placement import encoding_spec, resolve_placement, trainable_parameters
 from tuner.train.batches import steps_per_epoch
@@ -132,28 +132,28 @@ def _cost(step: Step, subject: Subject, spec: EncoderSpec) -> None:
     train = _train_clips(request.store) if request.store is source else []
     frames = np.asarray(source.frames)[train or subject.sample.clips].tolist()
     batch, run = request.batch_size, encoding_spec(spec, request.lora)
-    count = step_flops(spec, request.lora, frames)
+    lengths, text_dim = Lengths.of(frames), request.store.text_dim if request.store is not None else TEXT_DIM
     tokens = batch * float(np.mean([run.sequence_length(length) for length in frames]))
     of_batch = batch / len(frames)
     step.values["step"] = {
         "batch_size": batch,
         "tokens": tokens,
-        "forward_flops": count.forward * of_batch,
-        "step_flops": count.step * of_batch,
+        "forward_flops": frozen_flops(run, None, lengths) * of_batch,
+        "step_flops": training_flops(spec, request.trial, lengths, text_dim) * of_batch,
     }
+    values = step.values["step"]
     step.ok(
-        f"a step of {batch} clips ({tokens:,.0f} tokens) takes {flops(count.step * of_batch)} with cached frozen "
-        f"states, a forward pass {flops(count.forward * of_batch)} (counted from the shapes of the blocks)"
+        f"a step of {batch} clips ({tokens:,.0f} tokens) takes {flops(values['step_flops'])} with cached frozen "
+        f"states, a forward pass of the encoder {flops(values['forward_flops'])} (counted from the shapes)"
     )
     if subject.measured is None or subject.encoder is None:
         step.note("time and memory of a step are not estimated: none was measured (step 6)")
         return
-    text_dim = request.store.text_dim if request.store is not None else TEXT_DIM
     share = tokens / subject.measured.tokens
     weights = sum(parameter.numel() * parameter.itemsize for parameter in subject.encoder.tower.parameters())
-    trained = BYTES_PER_TRAINED * trainable_parameters(spec, request.trial, text_dim)
+    trained = BYTES_TRAINED * trainable_parameters(spec, request.trial, text_dim)
     memory, seconds = weights + trained + share * subject.measured.activation_bytes, share * subject.measured.seconds
-    step.values["step"] |= {"seconds": seconds, "memory_bytes": memory}
+    values |= {"seconds": seconds, "memory_bytes": memory}
     step.ok(
         f"it takes about {duration(seconds)} and {gib(memory)} here as {subject.measured.setting} (step 6 in "
         f"proportion to its tokens; weights {gib(weights)}, adapter with AdamW {gib(trained)}, the rest activations)"
