@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import peft
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 from conftest import MELS, TEXT_DIM, Tiny, write_encoder
 from safetensors.torch import load_file, save_file
@@ -17,11 +19,12 @@ from trained_adapter import Trained, train_and_export
 from transformers import Qwen2AudioForConditionalGeneration
 
 from tuner.config import EncoderRef, LoraSpec, Placed, TrialConfig
-from tuner.encoders.registry import inspect_encoder, load_encoder
+from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper import silence_level
 from tuner.errors import AdapterError, EncoderError, PlacementError
 from tuner.lora.placement import resolve_placement, trainable_parameters
+from tuner.train.embed import Clips, embed_files
 from tuner.train.evaluate import load
 from tuner.train.pack import Pack, PackContext
 from tuner.train.prefix import LivePrefix, open_prefix
@@ -239,6 +242,18 @@ def test_the_trial_file_trains_the_same_again(
     train_single(trial, settings, tmp_path / "again", lambda done, total: None, lambda text: None)
     again = load(tmp_path / "again").embed(full.store(), CLIPS)
     torch.testing.assert_close(again, trained.embeddings, rtol=0, atol=1e-3)
+
+
+def test_new_recordings_are_embedded(trained: Trained, tmp_path: Path) -> None:
+    """From a file on disk the same as from its features; tolerance 1e-4 for the 16 bits of the file."""
+    loaded = load(trained.folder)
+    waveform = (np.random.default_rng(0).standard_normal(16_000) * 0.1).astype(np.float32)
+    soundfile.write(tmp_path / "noise.wav", waveform, 16_000)
+    embed_files(loaded, [tmp_path / "noise.wav"], tmp_path / "out.parquet", lambda done, total: None)
+    (row,) = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    features, frames = load_feature_extractor(loaded.encoder.spec).extract(waveform)
+    expected = loaded.embed(Clips([features], np.array([frames], dtype=np.int32)), np.array([0]))[0]
+    torch.testing.assert_close(torch.tensor(row["embedding"]), expected, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_of_another_path_is_refused(trained: Trained, tiny_qwen: Tiny) -> None:
