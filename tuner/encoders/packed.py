@@ -5,11 +5,8 @@ laid end to end, [N, D]. Only attention looks at clips: it takes neighbouring cl
 those to the longest of the group, and drops the padding again. On a CPU the demo's batches of 128 clips would
 otherwise be one third padding.
 
-The number of rows is rounded up: oneDNN keeps some 10 MB for every matrix shape it has met, and packs of ever new
-lengths filled 4.8 GB in 500 products. The rows behind the last clip are zeros that no clip sees.
-
-Shapes: B clips, N rows (tokens of all clips and those behind them), G clips of a group, T tokens of the longest of a
-group, H heads, d head width.
+Shapes: B clips, N rows (tokens of all clips), G clips of a group, T tokens of the longest of a group, H heads, d head
+width.
 """
 
 from __future__ import annotations
@@ -26,10 +23,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 IMPLEMENTATION = "tuner_packed"
 # A group may hold clips this much shorter than its longest: more groups cost more calls, fewer cost more padding.
-SHORTEST_IN_GROUP = 0.85
+SHORTEST_IN_GROUP = 0.7
 # Up to this width plain products are faster than torch's fused attention on a CPU in bf16 (`benchmarks/attention.py`).
 PLAIN_WIDTH = 512
-ROWS_MULTIPLE = 256
 
 
 @dataclass(frozen=True)
@@ -79,18 +75,13 @@ class Packing:
         """The tokens of all clips."""
         return sum(self.lengths)
 
-    @property
-    def spare(self) -> int:
-        """Rows behind the last clip."""
-        return -self.tokens % ROWS_MULTIPLE
-
     def places(self) -> Tensor:
-        """The place of each row in its clip, from 0, int64; 0 behind the last clip."""
+        """The place of each row in its clip, from 0, int64."""
         return self.join([torch.arange(length, device=self.device) for length in self.lengths])
 
     def join(self, clips: Sequence[Tensor]) -> Tensor:
         """Rows ND of the pack from the tokens of each clip, TD."""
-        return torch.cat([*clips, clips[0].new_zeros(self.spare, *clips[0].shape[1:])])
+        return torch.cat(list(clips))
 
     def join_batch(self, hidden_BTD: Tensor) -> Tensor:
         """Rows ND of the pack from a padded batch."""
@@ -99,11 +90,11 @@ class Packing:
     def share(self, states_HNd: Tensor) -> list[Tensor]:
         """Rows of each group. One split: the gradient of a slice for each group would be a whole pack of zeros each."""
         sizes = [group.stop - group.start for group in self.groups]
-        return list(torch.split(states_HNd, [*sizes, states_HNd.shape[1] - sum(sizes)], dim=1))[: len(sizes)]
+        return list(torch.split(states_HNd, sizes, dim=1))
 
     def split(self, hidden_ND: Tensor) -> list[Tensor]:
         """Tokens TD of each clip from the rows of the pack."""
-        return list(torch.split(hidden_ND[: self.tokens], list(self.lengths)))
+        return list(torch.split(hidden_ND, list(self.lengths)))
 
 
 class Rotation:
@@ -202,8 +193,6 @@ def packed_attention(
         query, key, value = (padded(states_HNd, group) for states_HNd in own)
         bias = _bias(group, score_bias, len(query))
         parts.append(_unpadded(_attend(query, key, value, group, scaling, bias), group))
-    heads, _, width = parts[0].shape
-    parts.append(parts[0].new_zeros(heads, packing.spare, width))
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
 
 

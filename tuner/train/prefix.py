@@ -89,10 +89,10 @@ class CachedPrefix:
         """
         lengths = self.rows_N[clips].tolist()
         packing = self.encoder.packing(lengths, self.depth)
-        rows = np.zeros((packing.tokens + packing.spare, self._row_bytes), dtype=np.uint8)
+        rows = np.zeros((packing.tokens, self._row_bytes), dtype=np.uint8)
         own = np.split(rows, np.cumsum(lengths))[:-1]
         for clip, clip_rows in zip(clips, own, strict=True):
-            if os.preadv(self._file, [clip_rows], int(self._start_N[clip])) != clip_rows.nbytes:
+            if os.preadv(self._file, [clip_rows.data], int(self._start_N[clip])) != clip_rows.nbytes:
                 raise DataError(f"{self._path}: shorter than it was; remove its folder, the next run makes it anew")
         states_ND = torch.from_numpy(rows).view(self.encoder.dtype).to(self.encoder.device, non_blocking=True)
         return Hidden(states_ND, packing, frame_counts(self.store, clips))
