@@ -25,7 +25,7 @@ from tuner.encoders.whisper import silence_level
 from tuner.errors import AdapterError, EncoderError, PlacementError
 from tuner.lora.placement import resolve_placement, trainable_parameters
 from tuner.train.embed import Clips, embed_files
-from tuner.train.evaluate import load
+from tuner.train.evaluate import attach_exported, load
 from tuner.train.pack import Pack, PackContext
 from tuner.train.prefix import LivePrefix, open_prefix
 from tuner.train.single import read_trial, train_single
@@ -217,6 +217,16 @@ def test_an_export_is_loaded_on_its_own_path(trained: Trained, full: Tiny, tiny_
     )
     assert torch.equal(loaded.embed(full.store(), CLIPS), trained.embeddings)
     assert loaded.evaluate(full.store(), "validation").metrics() == trained.metrics
+
+
+def test_an_export_is_attached_beside_a_language_model(trained: Trained, full: Tiny) -> None:
+    """As a search confirms its points, on the one encoder that it has loaded; bit for bit, and nothing is left."""
+    encoder = load_encoder(inspect_encoder(full.encoder), torch.float32)
+    attached = attach_exported(trained.folder, trained.card, encoder)
+    assert attached.encoder is (encoder.tower_alone if ends_at_the_tower(trained) else encoder)
+    assert torch.equal(attached.embed(full.store(), CLIPS), trained.embeddings)
+    attached.release()
+    assert not any(hasattr(module, "lora_A") for module in encoder.modules())
 
 
 def test_what_ends_at_the_tower_needs_no_language_model(trained: Trained, full: Tiny, tmp_path: Path) -> None:
