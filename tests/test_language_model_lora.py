@@ -207,7 +207,10 @@ def ends_at_the_tower(trained: Trained) -> bool:
 
 
 def test_an_export_is_loaded_on_its_own_path(trained: Trained, full: Tiny, tiny_qwen: Tiny) -> None:
-    """Bit for bit; what ends at the tower belongs to the tower, whatever it was trained beside."""
+    """What ends at the tower belongs to the tower, whatever it was trained beside.
+
+    Tolerance 1e-5 in fp32: a pack cuts its forward passes by the tokens that enter the first adapted block.
+    """
     loaded = load(trained.folder)
     path = "audio_tower" if ends_at_the_tower(trained) else "full_forward"
     assert (loaded.card.encoder.path, loaded.encoder.spec.path) == (path, path)
@@ -215,16 +218,16 @@ def test_an_export_is_loaded_on_its_own_path(trained: Trained, full: Tiny, tiny_
         loaded.card.encoder_fingerprint
         == inspect_encoder((tiny_qwen if path == "audio_tower" else full).encoder).fingerprint
     )
-    assert torch.equal(loaded.embed(full.store(), CLIPS), trained.embeddings)
+    torch.testing.assert_close(loaded.embed(full.store(), CLIPS), trained.embeddings, rtol=0, atol=1e-5)
     assert loaded.evaluate(full.store(), "validation").metrics() == trained.metrics
 
 
 def test_an_export_is_attached_beside_a_language_model(trained: Trained, full: Tiny) -> None:
-    """As a search confirms its points, on the one encoder that it has loaded; bit for bit, and nothing is left."""
+    """As a search confirms its points, on the one encoder that it has loaded: bit for bit what the files give alone."""
     encoder = load_encoder(inspect_encoder(full.encoder), torch.float32)
     attached = attach_exported(trained.folder, trained.card, encoder)
     assert attached.encoder is (encoder.tower_alone if ends_at_the_tower(trained) else encoder)
-    assert torch.equal(attached.embed(full.store(), CLIPS), trained.embeddings)
+    assert torch.equal(attached.embed(full.store(), CLIPS), load(trained.folder).embed(full.store(), CLIPS))
     attached.release()
     assert not any(hasattr(module, "lora_A") for module in encoder.modules())
 
@@ -236,7 +239,8 @@ def test_what_ends_at_the_tower_needs_no_language_model(trained: Trained, full: 
         (folder / shard).unlink()
     elsewhere = trained.card.encoder.model_copy(update={"source": str(folder)})
     if ends_at_the_tower(trained):
-        assert torch.equal(load(trained.folder, elsewhere).embed(full.store(), CLIPS), trained.embeddings)
+        embeddings = [load(trained.folder, encoder).embed(full.store(), CLIPS) for encoder in (elsewhere, None)]
+        assert torch.equal(*embeddings)
     else:
         with pytest.raises(EncoderError, match="which is not there"):
             load(trained.folder, elsewhere)
