@@ -120,7 +120,21 @@ def test_help_is_instant(command: list[str]) -> None:
 def test_every_command_is_listed(terminal: Terminal) -> None:
     finished = terminal.run("--help")
     assert finished.code == 0
-    for command in ("prepare", "search", "report", "spaces", "cluster", "diagnose", "train", "evaluate", "embed"):
+    for command in (
+        "prepare",
+        "search",
+        "report",
+        "spaces",
+        "cluster",
+        "studies",
+        "status",
+        "logs",
+        "stop",
+        "diagnose",
+        "train",
+        "evaluate",
+        "embed",
+    ):
         assert f" {command} " in finished.out
 
 

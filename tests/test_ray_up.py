@@ -1,4 +1,4 @@
-"""`ray up` for real: cluster/local.yaml over ssh to a machine made of this one, a search on it, `ray down`."""
+"""`ray up` for real: cluster/local.yaml over ssh to a machine made of this one, searches on it, `ray down`."""
 
 from __future__ import annotations
 
@@ -38,9 +38,17 @@ class Laptop:
     file: Path
     dashboard_port: int
 
-    def ray(self, *arguments: object) -> str:
-        """Run a command of Ray's in the repository's folder; what it printed."""
-        command = [str(Path(sys.prefix) / "bin/ray"), *map(str, arguments)]
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def token(self) -> str:
+        return (self.host.folder / "laptop/.ray/auth_token").read_text()
+
+    def run(self, program: str, *arguments: object) -> str:
+        """Run `ray` or `tuner` in the repository's folder; what it printed."""
+        command = [str(Path(sys.prefix) / "bin" / program), *map(str, arguments)]
         environment = os.environ | {
             "HOME": str(self.host.folder / "laptop"),
             "RAY_TMPDIR": str(self.host.folder / "l"),
@@ -63,13 +71,21 @@ class Laptop:
 
 @pytest.fixture(scope="module")
 def laptop() -> Iterator[Laptop]:
+    """A cluster that is up; whatever the tests did, `ray down` must leave nothing."""
     # pytest's own folders are too deep: Ray's sockets may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="tuner-") as name, loopback_host(Path(name)) as host:
         for folder in ("laptop", "l", "r"):
             (host.folder / folder).mkdir()
         laptop = Laptop(host, host.folder / "local.yaml", free_port())
         laptop.file.write_text(yaml.safe_dump(filled(laptop), sort_keys=False))
+        assert check_cluster_file(laptop.file) == []
+        laptop.run("ray", "get-auth-token", "--generate")
+        laptop.run("ray", "up", "--yes", laptop.file)
         yield laptop
+        assert host.processes()
+        laptop.run("ray", "down", "--yes", laptop.file)
+        _, left = psutil.wait_procs(host.processes(), timeout=20)
+        assert left == []
 
 
 def filled(laptop: Laptop) -> dict[str, Any]:
@@ -87,21 +103,22 @@ def filled(laptop: Laptop) -> dict[str, Any]:
     return values
 
 
-def test_a_cluster_comes_up_searches_and_goes(laptop: Laptop, tiny: Tiny) -> None:
-    host = laptop.host
-    assert check_cluster_file(laptop.file) == []
-    token = laptop.ray("get-auth-token", "--generate").splitlines()[-1]
-
-    laptop.ray("up", "--yes", laptop.file)
-    assert (host.home / ".ray/auth_token").read_text() == (host.folder / "laptop/.ray/auth_token").read_text()
-    assert (host.home / "tuner/pyproject.toml").read_bytes() == (REPOSITORY / "pyproject.toml").read_bytes()
+def test_what_is_up_is_what_the_file_says(laptop: Laptop) -> None:
+    """The project and the token are there; the dashboard is for loopback, and for those who have the token."""
+    home = laptop.host.home
+    assert (home / ".ray/auth_token").read_text() == laptop.token
+    assert (home / "tuner/pyproject.toml").read_bytes() == (REPOSITORY / "pyproject.toml").read_bytes()
     assert dashboard_answers(laptop.dashboard_port, None) == 401
-    assert dashboard_answers(laptop.dashboard_port, token) == 200
+    assert dashboard_answers(laptop.dashboard_port, laptop.token) == 200
     assert listening_addresses(laptop.dashboard_port) == {"127.0.0.1"}
+    assert "Active" in laptop.run("ray", "exec", laptop.file, "ray status")
 
-    runs = host.folder / "runs"
-    options = f"--data {tiny.store_folder} --batch-size 12 --epochs 1 --trials {TRIALS} --precision fp32 --json"
-    said = laptop.ray("exec", laptop.file, f"tuner search --address auto {options} --study {STUDY} --runs {runs}")
+
+def test_a_search_is_submitted_followed_and_remembered(laptop: Laptop, tiny: Tiny) -> None:
+    runs = laptop.host.folder / "runs"
+    options = ["--data", tiny.store_folder, "--batch-size", 12, "--epochs", 1, "--precision", "fp32"]
+    given = [*options, "--trials", TRIALS, "--study", STUDY, "--runs", runs, "--json"]
+    said = laptop.run("tuner", "search", "--address", laptop.address, *given)
     front = json.loads((runs / STUDY / "front.json").read_text())
     assert front["study"] == STUDY
     assert {point["trial"] for point in front["points"]} <= {f"t{number:04d}" for number in range(TRIALS)}
@@ -109,10 +126,12 @@ def test_a_cluster_comes_up_searches_and_goes(laptop: Laptop, tiny: Tiny) -> Non
     assert said.count('"event": "epoch"') == TRIALS
     assert "on the front; report: " in said
 
-    assert host.processes()
-    laptop.ray("down", "--yes", laptop.file)
-    _, left = psutil.wait_procs(host.processes(), timeout=20)
-    assert left == []
+    listed = laptop.run("tuner", "studies", "--address", laptop.address).splitlines()
+    assert listed[1].split()[:4] == [STUDY, "attention_only", laptop.host.user, "succeeded"]
+    status = laptop.run("tuner", "status", STUDY, "--address", laptop.address)
+    assert f"{TRIALS} of {TRIALS} trials: {TRIALS} complete" in status
+    again = laptop.run("tuner", "logs", STUDY, "--address", laptop.address, "--json")
+    assert again.count('"event": "epoch"') == TRIALS
 
 
 def dashboard_answers(port: int, token: str | None) -> int:

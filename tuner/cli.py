@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from tuner.commands import adapters, cluster, diagnose, prepare, search, spaces
+from tuner.commands import adapters, cluster, diagnose, prepare, search, spaces, studies
 from tuner.errors import TunerError
 
 app = typer.Typer(
@@ -21,6 +21,10 @@ app = typer.Typer(
 app.command()(prepare.prepare)
 app.command()(search.search)
 app.command()(search.report)
+app.command()(studies.studies)
+app.command()(studies.status)
+app.command()(studies.logs)
+app.command()(studies.stop)
 app.add_typer(spaces.app, name="spaces")
 app.add_typer(cluster.app, name="cluster")
 app.command()(diagnose.diagnose)

@@ -42,12 +42,17 @@ OffPath = Annotated[
     str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
 ]
 Dashboard = Annotated[bool, typer.Option(help="start the Ray dashboard too, with the embedded Ray (400 MB)")]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(help="http://HEAD:8265 to submit there, or a Ray address to join; default: Ray inside this process"),
+]
 Tflops = Annotated[
     float | None, typer.Option(min=1e-6, help="with --dry-run: TFLOP/s that one worker reaches; default: timed here")
 ]
 
 
 def search(
+    context: typer.Context,
     space: Annotated[str, typer.Option(help="a space's name (see `tuner spaces`) or a YAML file")] = "attention_only",
     data: Annotated[str, typer.Option(help="manifest, prepared store, or 'demo'")] = "demo",
     encoder: Annotated[str | None, typer.Option(help="audio encoder; needed when --data is a manifest")] = None,
@@ -68,7 +73,7 @@ def search(
     precision: Annotated[str, typer.Option(help="of the frozen encoder: auto, bf16 or fp32")] = "auto",
     off_path: OffPath = "refuse",
     seed: Annotated[int, typer.Option(min=0, help="of sampler, initialisation, dropout and batches")] = 0,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to use; default: Ray inside this process")] = None,
+    address: ClusterAddress = None,
     dashboard: Dashboard = False,
     json: Annotated[bool, typer.Option("--json", help="events as JSON lines on standard output")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, train nothing")] = False,
@@ -77,10 +82,14 @@ def search(
     """Search LoRA configurations; the result is a front of recall against trainable parameters."""
     from tuner.commands.dry_run import dry_run as show_cost
     from tuner.commands.inputs import DataChoice
+    from tuner.commands.studies import submit_search
     from tuner.errors import ConfigError
     from tuner.lanes.fleet import FleetOptions
     from tuner.search.study import resumed_request
 
+    if address is not None and address.startswith(("http://", "https://")) and not dry_run:
+        submit_search(context, address, json)
+        return
     if resume is not None and dry_run:
         raise ConfigError("--dry-run: reckons new studies; leave --resume away")
     options = FleetOptions(lanes, workers, pack)

@@ -1,0 +1,326 @@
+"""Searches as jobs: events read back, lost connections, what of a command line is sent. A cluster: `test_ray_up`."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import math
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tuner import cli
+from tuner.errors import ConfigError, StudyError
+from tuner.report.live import EpochRow, JsonView, StudyHeader
+from tuner.service import jobs
+from tuner.service.events import EventFeed, read_event
+from tuner.service.jobs import Cluster, connect
+
+
+@dataclass
+class Told:
+    """A view that writes down what it is told."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def start(self, header: StudyHeader) -> None:
+        self.calls.append(("start", header))
+
+    def trial_started(self, trial: str, origin: str, summary: str, parameters: int) -> None:
+        self.calls.append(("trial_started", trial, origin, summary, parameters))
+
+    def epoch(self, row: EpochRow) -> None:
+        self.calls.append(("epoch", row))
+
+    def trial_finished(self, trial: str, state: str, reason: str | None) -> None:
+        self.calls.append(("trial_finished", trial, state, reason))
+
+    def message(self, text: str) -> None:
+        self.calls.append(("message", text))
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+
+# Events
+
+
+def test_a_view_there_is_a_view_here() -> None:
+    """What `--json` prints on the head gives a view here the very calls that a view there would have had."""
+    header = StudyHeader("s", "full", "recall@10", 3, 2, None, "/runs/s")
+    row = EpochRow("t0000", 1, 2, 0.5, 0.25, "recall@10", 1.5, 77)
+    out, here, said = io.StringIO(), Told(), list[str]()
+    for view in (there := JsonView(out), expected := Told()):
+        view.start(header)
+        view.trial_started("t0000", "sampled", "r=4, ünïcode", 77)
+        view.epoch(row)
+        view.message("confirming")
+        view.trial_finished("t0000", "failed", "loss became nan")
+    assert there
+    feed = EventFeed(here, said.append)
+    for line in out.getvalue().splitlines():
+        feed.line(line)
+    assert here.calls == expected.calls
+    assert said == []
+
+
+def test_a_loss_that_diverged_is_nan_again() -> None:
+    out, here = io.StringIO(), Told()
+    JsonView(out).epoch(EpochRow("t0000", 1, 2, math.nan, 0.25, "recall@10", 1.5, 77))
+    EventFeed(here, print).line(out.getvalue())
+    ((_, row),) = here.calls
+    assert math.isnan(row.loss)
+
+
+def test_words_are_passed_on_and_the_machinery_is_not() -> None:
+    here, said = Told(), list[str]()
+    feed = EventFeed(here, said.append)
+    for line in (
+        "2026-11-23 08:30:16,599\tINFO job_manager.py:568 -- Runtime env is setting up.",
+        "\x1b[0mtuner: no such store",
+        "",
+        '{"event": "epoch", "trial"',
+    ):
+        feed.line(line)
+    assert said == ["tuner: no such store", '{"event": "epoch", "trial"']
+    assert here.calls == []
+    assert read_event('{"other": 1}') is None
+
+
+# Following over bad connections
+
+
+class Head:
+    """The part of Ray's client that is used, for one job; each connection tells so many chunks and breaks."""
+
+    def __init__(self, log: list[str], connections: list[int | None]) -> None:
+        self.log, self.connections = log, connections
+        self.status = "RUNNING"
+        self.submitted: list[dict[str, Any]] = []
+
+    def list_jobs(self) -> list[Any]:
+        metadata = {"study": "s", "space": "full", "user": "me"}
+        status = SimpleNamespace(value=self.status)
+        other = SimpleNamespace(submission_id=None, metadata=None, status=status, start_time=None)
+        return [other, SimpleNamespace(submission_id="one", metadata=metadata, status=status, start_time=1000)]
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "".join(self.log)
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        chunks = self.connections.pop(0)
+        for chunk in self.log[:chunks]:
+            yield chunk
+        if chunks is not None:
+            raise ConnectionResetError
+        self.status = "SUCCEEDED"
+
+    def submit_job(self, **given: Any) -> str:
+        self.submitted.append(given)
+        return "one"
+
+    def stop_job(self, job_id: str) -> bool:
+        self.status = "STOPPED"
+        return True
+
+
+def test_every_line_comes_once_however_often_the_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks end in the middle of lines, connections break, and each new one tells everything again."""
+    monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.0)
+    text = "".join(f"line {number}\n" for number in range(20)) + "last, without an end"
+    head = Head([text[start : start + 7] for start in range(0, len(text), 7)], [3, 0, 11, None])
+    cluster, lines = Cluster(head), list[str]()  # type: ignore[arg-type]
+    ended = cluster.follow(cluster.find("s"), lines.append)
+    assert lines == text.splitlines()
+    assert ended.state == "SUCCEEDED"
+    assert head.connections == []
+
+
+def test_a_silent_connection_is_asked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    class Silent(Head):
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            self.connections.pop(0)
+            if self.connections:
+                await asyncio.sleep(3600)
+            self.status = "FAILED"
+            yield "tuner: it failed\n"
+
+    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.05)
+    cluster, lines = Cluster(Silent(["tuner: it failed\n"], [0, 0])), list[str]()  # type: ignore[arg-type]
+    assert cluster.follow(cluster.find("s"), lines.append).state == "FAILED"
+    assert lines == ["tuner: it failed"]
+
+
+# Submitting
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
+    head = Head([], [None])
+    head.status = "SUCCEEDED"
+    monkeypatch.setattr(jobs, "connect", lambda address: Cluster(head))  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    return head
+
+
+def tuner(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["tuner", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+THERE = ("--address", "http://head:8265", "--data", "/mnt/s t", "--runs", "/mnt/runs")
+
+
+def test_what_the_user_wrote_is_sent_and_nothing_else(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options left out are left to the head, whose defaults may be others."""
+    given = ["--objective", "recall@1", "--objective", "trainable_parameters", "--pad-to-30s", "--trials", "3"]
+    assert tuner(monkeypatch, "search", *THERE, *given, "--study", "s", "--space", "full", "--json") == 0
+    (job,) = head.submitted
+    assert job["entrypoint"] == (
+        "tuner search --address auto --json --data '/mnt/s t' --pad-to-30s --objective recall@1 "
+        "--objective trainable_parameters --trials 3 --runs /mnt/runs --study s --space full"
+    )
+    assert job["metadata"].keys() == {"study", "space", "user"}
+    assert (job["metadata"]["study"], job["metadata"]["space"]) == ("s", "full")
+    assert job["runtime_env"] is None
+
+
+def test_a_space_of_the_users_own_travels_along(head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    space = {"name": "mine", "description": "Mine.", "dimensions": {"head.hidden": {"int": [8, 16]}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(space | {"fixed": {"head.kind": "mlp"}}))
+    sent: list[str] = []
+    keep = Head.submit_job
+
+    def look(self: Head, **given: Any) -> str:
+        sent.extend(path.name for path in Path(given["runtime_env"]["working_dir"]).iterdir())
+        return keep(self, **given)
+
+    monkeypatch.setattr(Head, "submit_job", look)
+    assert tuner(monkeypatch, "search", *THERE, "--space", "mine.yaml", "--study", "s") == 0
+    assert sent == ["mine.yaml"]
+    assert head.submitted[0]["entrypoint"].endswith("--study s --space mine.yaml")
+    assert head.submitted[0]["metadata"]["space"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "here/store", "--runs", "/r"], "--data here/store: on a cluster, give a folder that all"),
+        (["--data", "/there"], "--runs runs: on a cluster, give a folder that all its nodes see"),
+        (["--data", "/d", "--runs", "/r", "--space", "ful"], "did you mean full?"),
+    ],
+)
+def test_what_cannot_work_there_is_refused_here(
+    arguments: list[str],
+    said: str,
+    head: Head,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert tuner(monkeypatch, "search", "--address", "http://head:8265", *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert head.submitted == []
+
+
+def test_a_study_runs_once_at_a_time(head: Head) -> None:
+    head.status = "RUNNING"
+    cluster = Cluster(head)  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match="study s runs already as one; follow it with `tuner logs s`"):
+        cluster.submit("s", "full", [], None)
+    assert cluster.stop(cluster.find("s")).state == "STOPPED"
+    with pytest.raises(StudyError, match="has ended already"):
+        cluster.stop(cluster.find("s"))
+    with pytest.raises(ConfigError, match="study t: not on this cluster, which knows s"):
+        cluster.find("t")
+
+
+def test_status_says_how_far_it_is_and_what_failed(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = io.StringIO()
+    view = JsonView(out)
+    view.start(StudyHeader("s", "full", "recall@10", 5, 2, None, "/runs/s"))
+    for trial, parameters, recall in (("t0000", 77, 0.25), ("t0001", 700, 0.5), ("t0002", 7000, 0.4)):
+        view.trial_started(trial, "sampled", f"summary of {trial}", parameters)
+        view.epoch(EpochRow(trial, 1, 2, 0.5, recall, "recall@10", 1.5, parameters))
+    view.trial_finished("t0001", "complete", None)
+    view.trial_finished("t0002", "failed", "loss became nan in epoch 2")
+    head.log, head.status = [out.getvalue()], "RUNNING"
+    assert tuner(monkeypatch, "status", "s", "--address", "http://head:8265") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "study s, space full, of me: running"
+    assert lines[1].startswith("3 of 5 trials: 1 running, 1 complete, 1 failed, about")
+    assert lines[2] == "t0002 failed: loss became nan in epoch 2"
+    assert lines[3] == "front 2 points so far:"
+    assert [line.split()[0] for line in lines[4:]] == ["t0000", "t0001"]
+
+
+# Connecting
+
+
+@pytest.fixture(autouse=True)
+def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """This user's own token must not decide what a test sees."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Answers the version to everyone and jobs to those with the token, as a cluster does."""
+
+    def do_GET(self) -> None:
+        allowed = self.path.startswith("/api/version") or self.headers["Authorization"] == "Bearer c0ffee"
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        jobs_told = b"[]" if self.path.startswith("/api/jobs") else b'{"version": "4", "ray_version": "2.60.0"}'
+        self.wfile.write(jobs_told if allowed else b"Unauthorized")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_missing_or_wrong_token_is_one_sentence(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StudyError, match=f"{refusing}: the cluster wants its token"):
+        connect(refusing)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "decaf")
+    with pytest.raises(StudyError, match="the cluster wants its token") as raised:
+        connect(refusing)
+    assert "decaf" not in str(raised.value)
+
+
+def test_the_token_is_found_where_ray_looks_for_it(
+    refusing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("c0ffee\n")
+    assert connect(refusing).studies() == []
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match="elsewhere: the token cannot be read"):
+        connect(refusing)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "c0ffee")
+    assert connect(refusing).studies() == []
+
+
+def test_nobody_there_is_one_sentence() -> None:
+    with pytest.raises(StudyError, match=r"http://127\.0\.0\.1:9: nobody answers"):
+        connect("http://127.0.0.1:9")

@@ -1,0 +1,191 @@
+"""`tuner studies`, `status`, `logs`, `stop`: searches on a cluster, from a laptop that may be closed meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tuner.service.jobs import Cluster, StudyJob
+
+Study = Annotated[str, typer.Argument(help="name of the study")]
+Address = Annotated[
+    str, typer.Option(envvar="TUNER_ADDRESS", help="the head's dashboard, such as http://127.0.0.1:8265")
+]
+Json = Annotated[bool, typer.Option("--json", help="events as JSON lines")]
+
+# What the head must not be told: it runs on its own cluster, and prints for programs.
+NOT_SENT = frozenset({"address", "json", "study", "space", "dashboard", "dry_run", "tflops"})
+FAILED = 2
+INTERRUPTED = 130
+
+
+def studies(address: Address) -> None:
+    """List the searches of a cluster, the latest first."""
+    from tuner.service.jobs import connect
+
+    rows = [("STUDY", "SPACE", "USER", "STATE", "STARTED (UTC)")]
+    for job in connect(address).studies():
+        started = job.started.strftime("%Y-%m-%d %H:%M") if job.started else ""
+        rows.append((job.study, job.space, job.user, job.state.lower(), started))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def status(study: Study, address: Address) -> None:
+    """Say how far a search is, which trials failed and why, and its front so far."""
+    from tuner.report.live import Progress, describe_points, describe_time
+    from tuner.service.events import EventFeed
+    from tuner.service.jobs import connect
+
+    cluster = connect(address)
+    job = cluster.find(study)
+    view, said = _Tally(), list[str]()
+    feed = EventFeed(view, said.append)
+    for line in cluster.lines(job):
+        feed.line(line)
+    typer.echo(f"study {job.study}, space {job.space}, of {job.user}: {job.state.lower()}")
+    progress: Progress | None = view.progress
+    if progress is not None:
+        states = Counter(trial.state for trial in progress.trials.values())
+        counts = ", ".join(f"{count} {state}" for state, count in states.items())
+        left = "" if job.ended else f", {describe_time(progress.seconds_left())}"
+        typer.echo(f"{len(progress.trials)} of {progress.header.trials} trials: {counts}{left}")
+        for trial in progress.trials.values():
+            if trial.reason:
+                typer.echo(f"{trial.trial} {trial.state}: {trial.reason}")
+        typer.echo(
+            f"{describe_points(len(progress.front()))} so far:" if not job.ended else "last epochs of the front:"
+        )
+        for trial in progress.front():
+            recall = trial.last.recall if trial.last else float("nan")
+            typer.echo(
+                f"  {trial.trial}  {trial.parameters:>12,}  {progress.header.metric} {recall:.3f}  {trial.summary}"
+            )
+    for line in said:
+        if line.startswith("tuner: "):
+            typer.echo(line)
+
+
+def logs(study: Study, address: Address, json: Json = False) -> None:
+    """Follow a search from its first event to its end, wherever it was started."""
+    from tuner.service.jobs import connect
+
+    cluster = connect(address)
+    _follow(cluster, cluster.find(study), address, json)
+
+
+def stop(study: Study, address: Address) -> None:
+    """End a search; what it has trained is kept, and `tuner search --resume` goes on."""
+    from tuner.service.jobs import connect
+
+    cluster = connect(address)
+    ended = cluster.stop(cluster.find(study))
+    typer.echo(f"study {study}: {ended.state.lower()}; go on with `tuner search --resume {study} --address {address}`")
+
+
+def submit_search(context: typer.Context, address: str, json: bool) -> None:
+    """Run `tuner search` with the options of this command line on the cluster, and follow it.
+
+    Raises:
+        ConfigError: an option names a place on this machine, where the cluster cannot look.
+        SpaceError: no such space, or its file is not valid.
+    """
+    from datetime import UTC, datetime
+
+    from tuner.service.jobs import connect
+    from tuner.space import load_space
+
+    options = context.params
+    _check_places(options)
+    space = load_space(options["space"])
+    study = options["resume"] or options["study"] or f"{space.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    arguments = sent_options(context)
+    cluster = connect(address)
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(options["space"]) if Path(options["space"]).is_file() else None
+        if own:
+            shutil.copy(own, folder)
+        if not options["resume"]:
+            arguments += ["--study", study, "--space", own.name if own else options["space"]]
+        job = cluster.submit(study, space.name, arguments, Path(folder) if own else None)
+    _follow(cluster, job, address, json)
+
+
+def sent_options(context: typer.Context) -> list[str]:
+    """The options that the user wrote, as the head is to read them; what was left out is left to the head."""
+    sent: list[str] = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name in NOT_SENT or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            sent += [parameter.opts[0] if value else parameter.secondary_opts[0]]
+        else:
+            for item in value if isinstance(value, list | tuple) else [value]:
+                sent += [parameter.opts[0], str(item)]
+    return sent
+
+
+def _check_places(options: dict[str, Any]) -> None:
+    from tuner.errors import ConfigError
+
+    for option, example in (("runs", "/mnt/tuner/runs"), ("data", "/mnt/tuner/stores/NAME")):
+        if options[option] != "demo" and not Path(options[option]).is_absolute():
+            raise ConfigError(
+                f"--{option} {options[option]}: on a cluster, give a folder that all its nodes see, such as {example}"
+            )
+
+
+def _follow(cluster: Cluster, job: StudyJob, address: str, json: bool) -> None:
+    from tuner.commands.inputs import say
+    from tuner.report.live import make_view
+    from tuner.service.events import EventFeed
+
+    view = make_view("json" if json else "auto")
+    try:
+        ended = cluster.follow(job, EventFeed(view, say).line)
+    except KeyboardInterrupt:
+        where = f"{job.study} --address {address}"
+        say(f"tuner: the search goes on; follow it with `tuner logs {where}`, end it with `tuner stop {where}`")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        view.close()
+    if ended.state != "SUCCEEDED":
+        say(f"tuner: study {job.study} ended as {ended.state.lower()}")
+        raise typer.Exit(FAILED)
+
+
+class _Tally:
+    """A view that shows nothing and counts."""
+
+    def __init__(self) -> None:
+        self.progress: Any = None
+
+    def start(self, header: Any) -> None:
+        from tuner.report.live import Progress
+
+        self.progress = Progress(header)
+
+    def trial_started(self, trial: str, origin: str, summary: str, parameters: int) -> None:
+        self.progress.started(trial, origin, summary, parameters)
+
+    def epoch(self, row: Any) -> None:
+        self.progress.epoch(row)
+
+    def trial_finished(self, trial: str, state: str, reason: str | None) -> None:
+        self.progress.finished(trial, state, reason)
+
+    def message(self, text: str) -> None:
+        """Nothing to count."""
+
+    def close(self) -> None:
+        """Nothing to put back."""

@@ -1,0 +1,228 @@
+"""Searches as jobs of a Ray cluster, through its Jobs API: submit, list, follow, stop.
+
+The job is the whole search, its driver on the head; whoever follows it may come and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import ConfigError, StudyError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+RUNNING = ("PENDING", "RUNNING")
+# A connection that says nothing for so long is asked after: a laptop that was closed does not hear that it is dead.
+QUIET_SECONDS = 60.0
+RETRY_SECONDS = 5.0
+STOP_SECONDS = 60.0
+STOP_POLL_SECONDS = 0.2
+TOKEN_FILE = ".ray/auth_token"
+
+
+@dataclass(frozen=True)
+class StudyJob:
+    """One search on a cluster; `state` is Ray's word: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+
+    submission_id: str
+    study: str
+    space: str
+    user: str
+    state: str
+    started: datetime | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it runs any more."""
+        return self.state not in RUNNING
+
+
+def connect(address: str) -> Cluster:
+    """The cluster whose dashboard answers at this URL.
+
+    Raises:
+        StudyError: nobody answers there, or the token is missing or wrong.
+    """
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address, headers=_token_header())
+        # The version is told to anyone; whether the token is right shows here.
+        client.list_jobs()
+    except AuthenticationError:
+        raise _no_token(address) from None
+    except (ConnectionError, requests.exceptions.RequestException):
+        raise StudyError(f"--address {address}: nobody answers; is `ray dashboard cluster.yaml` running?") from None
+    except RuntimeError as error:
+        if "status code 401" in str(error) or "status code 403" in str(error):
+            raise _no_token(address) from None
+        raise StudyError(f"--address {address}: {' '.join(str(error).split())[:200]}; give a Ray head's") from None
+    return Cluster(client)
+
+
+def _token_header() -> dict[str, str]:
+    """This user's token, from where Ray looks for it; its own client would send it only in `RAY_AUTH_MODE=token`.
+
+    Raises:
+        ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
+    token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(path) if path else Path.home() / TOKEN_FILE
+    if not token and (path or file.is_file()):
+        try:
+            token = file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError(
+                f"{file}: the token cannot be read ({error.strerror}); mend RAY_AUTH_TOKEN_PATH"
+            ) from None
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _no_token(address: str) -> StudyError:
+    return StudyError(f"--address {address}: the cluster wants its token; put it into ~/{TOKEN_FILE}")
+
+
+class Cluster:
+    """The searches of one cluster."""
+
+    def __init__(self, client: JobSubmissionClient) -> None:
+        self.client = client
+
+    def submit(self, study: str, space: str, arguments: Sequence[str], working_dir: Path | None) -> StudyJob:
+        """Start `tuner search` with these arguments on the head.
+
+        Args:
+            working_dir: a folder to send along, such as one with the YAML file of a space.
+
+        Raises:
+            StudyError: a search of this study runs already.
+        """
+        for job in self.studies():
+            if job.study == study and not job.ended:
+                raise StudyError(
+                    f"study {study} runs already as {job.submission_id}; follow it with `tuner logs {study}`"
+                )
+        submission_id: str = self.client.submit_job(
+            entrypoint=shlex.join(["tuner", "search", "--address", "auto", "--json", *arguments]),
+            # Two users who submit the same study in the same second get one job and one refusal.
+            submission_id=f"tuner-{study}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
+            metadata={"study": study, "space": space, "user": getpass.getuser()},
+            runtime_env={"working_dir": str(working_dir)} if working_dir else None,
+        )
+        return self.find(study, submission_id)
+
+    def studies(self) -> list[StudyJob]:
+        """All searches that the cluster remembers, the latest first."""
+        jobs = [_study_job(details) for details in self.client.list_jobs() if "study" in (details.metadata or {})]
+        return sorted(jobs, key=lambda job: job.started or datetime.now(UTC), reverse=True)
+
+    def find(self, study: str, submission_id: str | None = None) -> StudyJob:
+        """The latest search of a study, or the one of this id.
+
+        Raises:
+            ConfigError: the cluster knows no such study; names those it knows.
+        """
+        known = self.studies()
+        for job in known:
+            if job.study == study and submission_id in (None, job.submission_id):
+                return job
+        names = ", ".join(dict.fromkeys(job.study for job in known)) or "none"
+        raise ConfigError(f"study {study}: not on this cluster, which knows {names}")
+
+    def lines(self, job: StudyJob) -> list[str]:
+        """Everything a search has printed so far."""
+        text: str = self.client.get_job_logs(job.submission_id)
+        return text.splitlines()
+
+    def follow(self, job: StudyJob, on_line: Callable[[str], None]) -> StudyJob:
+        """Hand on every line of a search from its first, until it ends; returns how it ended.
+
+        A lost connection is made again, and what was handed on is not repeated.
+        """
+        asyncio.run(_Follower(self, job, on_line).run())
+        return self.find(job.study, job.submission_id)
+
+    def stop(self, job: StudyJob) -> StudyJob:
+        """End a search and wait until it has ended; its study is whole and can be resumed.
+
+        Raises:
+            StudyError: it has ended already, or does not end within a minute.
+        """
+        if job.ended:
+            raise StudyError(f"study {job.study}: has ended already ({job.state.lower()}), there is nothing to stop")
+        self.client.stop_job(job.submission_id)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline:
+            now = self.find(job.study, job.submission_id)
+            if now.ended:
+                return now
+            time.sleep(STOP_POLL_SECONDS)
+        raise StudyError(f"study {job.study}: still running {STOP_SECONDS:.0f} s later; try `tuner stop` again")
+
+
+def _study_job(details: Any) -> StudyJob:
+    metadata = details.metadata
+    return StudyJob(
+        submission_id=details.submission_id,
+        study=metadata["study"],
+        space=metadata.get("space", ""),
+        user=metadata.get("user", ""),
+        state=str(details.status.value),
+        # Ray tells milliseconds.
+        started=datetime.fromtimestamp(details.start_time / 1000, UTC) if details.start_time else None,
+    )
+
+
+class _Follower:
+    """Lines of one job over as many connections as it takes."""
+
+    def __init__(self, cluster: Cluster, job: StudyJob, on_line: Callable[[str], None]) -> None:
+        self.cluster, self.job, self.on_line = cluster, job, on_line
+        self.told = 0
+
+    async def run(self) -> None:
+        import aiohttp
+
+        while True:
+            try:
+                await self._connection()
+                if await asyncio.to_thread(self._ended):
+                    # What was written between the last chunk and the end.
+                    self._tell(await asyncio.to_thread(self.cluster.lines, self.job))
+                    return
+            except TimeoutError:
+                # Quiet for long: alive or not, a new connection will tell.
+                continue
+            except (OSError, RuntimeError, aiohttp.ClientError):
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _connection(self) -> None:
+        """Every connection tells the whole log again."""
+        text, chunks = "", self.cluster.client.tail_job_logs(self.job.submission_id)
+        while True:
+            try:
+                text += await asyncio.wait_for(anext(chunks), QUIET_SECONDS)
+            except StopAsyncIteration:
+                return
+            whole, _, _ = text.rpartition("\n")
+            self._tell(whole.splitlines())
+
+    def _tell(self, lines: list[str]) -> None:
+        for line in lines[self.told :]:
+            self.on_line(line)
+        self.told = max(self.told, len(lines))
+
+    def _ended(self) -> bool:
+        return self.cluster.find(self.job.study, self.job.submission_id).ended
