@@ -174,6 +174,16 @@ def settings_of(runs: Runs) -> list[dict[str, Any]]:
     return [json.loads(trial.user_attrs["config"]) for trial in runs.trials()]
 
 
+def test_more_lanes_than_the_machine_has_leave_no_study(tiny: Tiny, tmp_path: Path) -> None:
+    """Known only once Ray is up; the same command must work with a number that fits."""
+    runs = Runs(tmp_path, tiny)
+    with runs.driver(*runs.new("--trials", 1, "--lanes", 9999)) as driver:
+        ended = driver.wait()
+    assert ended.code == 2
+    assert "--lanes 9999 with --workers 1 need as many CPUs" in ended.err
+    assert not runs.study.exists()
+
+
 # A search that nobody disturbs
 
 

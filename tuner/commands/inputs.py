@@ -45,7 +45,7 @@ def find_store(choice: DataChoice) -> Path:
         return _demo_store(choice)
     path = Path(choice.data)
     if (path / META_FILE).is_file():
-        _check_same_encoder(Store.open(path), choice)
+        _check_same_encoders(Store.open(path), choice)
         return path
     return make_store(path, choice, None, PrepareOptions())
 
@@ -99,9 +99,16 @@ def _demo_store(choice: DataChoice) -> Path:
     return make_store(demo.manifest, filled, None, PrepareOptions())
 
 
-def _check_same_encoder(store: Store, choice: DataChoice) -> None:
+def _check_same_encoders(store: Store, choice: DataChoice) -> None:
     from tuner.encoders.registry import inspect_encoder
+    from tuner.encoders.text import inspect_text_encoder
 
+    named = choice.text_encoder
+    if named is not None and inspect_text_encoder(named).fingerprint != store.text_fingerprint:
+        raise ConfigError(
+            f"{store.folder}: prepared for the text encoder {store.text_encoder}; "
+            "leave --text-encoder away or prepare the manifest for the other one"
+        )
     if choice.encoder is None and not choice.pad_to_30s:
         return
     wanted = EncoderRef(source=choice.encoder or store.encoder.source, pad_to_30s=choice.pad_to_30s)

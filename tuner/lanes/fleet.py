@@ -81,26 +81,44 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
         ray.shutdown()
 
 
-@contextmanager
-def fleet(
-    study: str, settings: RunSettings, run_dir: Path, prefix_root: Path, precision: str | None, options: FleetOptions
-) -> Iterator[Fleet]:
-    """Start the lanes of a study and stop them at the end; they load while the driver goes on.
+@dataclass(frozen=True)
+class FleetSize:
+    """What a cluster gives the lanes of a study."""
+
+    lanes: int
+    threads: int  # CPU threads of one worker
+    use_gpu: bool
+
+
+def size_fleet(options: FleetOptions) -> FleetSize:
+    """Fit the lanes to the cluster that is connected.
 
     Raises:
-        StudyError: the cluster has too few resources for one lane.
+        StudyError: the cluster has too few resources for them.
     """
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     use_gpu = gpus > 0
     lanes = options.lanes or (max(1, gpus // options.workers) if use_gpu else 1)
-    if use_gpu and lanes * options.workers > gpus:
-        raise StudyError(
-            f"--lanes {lanes} with --workers {options.workers} need {lanes * options.workers} GPUs; there are {gpus}"
-        )
-    threads = max(1, cpus // (lanes * options.workers))
-    if lanes * options.workers > cpus:
+    needed = lanes * options.workers
+    if use_gpu and needed > gpus:
+        raise StudyError(f"--lanes {lanes} with --workers {options.workers} need {needed} GPUs; there are {gpus}")
+    if needed > cpus:
         raise StudyError(f"--lanes {lanes} with --workers {options.workers} need as many CPUs; there are {cpus}")
+    return FleetSize(lanes, max(1, cpus // needed), use_gpu)
+
+
+@contextmanager
+def fleet(
+    study: str,
+    settings: RunSettings,
+    run_dir: Path,
+    prefix_root: Path,
+    precision: str | None,
+    options: FleetOptions,
+    size: FleetSize,
+) -> Iterator[Fleet]:
+    """Start the lanes of a study and stop them at the end; they load while the driver goes on."""
     name = f"tuner-coordinator:{study}"
     actor: Any = ray.remote(Coordinator).options(
         name=name, num_cpus=0, max_concurrency=1000, max_restarts=-1, max_task_retries=-1, resources=HEAD_NODE
@@ -114,19 +132,19 @@ def fleet(
         prefix_root=str(prefix_root),
         capacity=options.pack,
         workers=options.workers,
-        threads=threads,
-        use_gpu=use_gpu,
+        threads=size.threads,
+        use_gpu=size.use_gpu,
     )
     # Our lanes report nothing through Ray Train, so its controllers need not look at their workers often.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     threads_of_lanes = [
         threading.Thread(target=host_lane, args=(replace(config, lane=f"tuner-lane-{study}-{index}"),), daemon=True)
-        for index in range(lanes)
+        for index in range(size.lanes)
     ]
     for thread in threads_of_lanes:
         thread.start()
     try:
-        yield Fleet(coordinator, name, lanes, options.pack)
+        yield Fleet(coordinator, name, size.lanes, options.pack)
     finally:
         ray.get(coordinator.stop.remote())
         deadline = time.monotonic() + STOP_SECONDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import closing
 from typing import Any
 
 import optuna
@@ -17,7 +18,7 @@ from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import StudyError
-from tuner.lanes.fleet import HEAD_NODE, Fleet, connected, fleet
+from tuner.lanes.fleet import HEAD_NODE, Fleet, FleetSize, connected, fleet, size_fleet
 from tuner.lanes.trial import TrialClient
 from tuner.lora.placement import trainable_parameters
 from tuner.report.html import write_report
@@ -26,7 +27,15 @@ from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select
 from tuner.search.records import FRONT_FILE, STUDY_FILE, Journal, write_json
 from tuner.search.searcher import StudySearcher, trial_id
-from tuner.search.study import SearchRequest, check_fit, fixed_configurations, open_record, open_storage, path_note
+from tuner.search.study import (
+    SearchRequest,
+    check_fit,
+    discard_record,
+    fixed_configurations,
+    open_record,
+    open_storage,
+    path_note,
+)
 
 ENDS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
@@ -46,18 +55,28 @@ def run_search(request: SearchRequest, view: View, resume: bool = False) -> dict
     spec = inspect_encoder(request.settings.encoder)
     check_fit(request, spec, store)
     record = open_record(request, spec, store, resume)
-    journal = Journal(request.run_dir)
     try:
         with connected(request.address, request.dashboard) as dashboard_url:
+            size = _size(request, resume)
             view.start(_header(request, dashboard_url))
             if note := path_note(spec):
                 view.message(note)
-            front = _Search(request, record, journal, view, spec, store).run()
+            with closing(Journal(request.run_dir)) as journal:
+                front = _Search(request, record, journal, view, spec, store, size).run()
     finally:
-        journal.close()
         view.close()
     write_report(request.run_dir)
     return front
+
+
+def _size(request: SearchRequest, resume: bool) -> FleetSize:
+    try:
+        return size_fleet(request.fleet)
+    except StudyError:
+        if not resume:
+            # The same command must work with numbers that fit.
+            discard_record(request.run_dir)
+        raise
 
 
 def _header(request: SearchRequest, dashboard_url: str | None) -> StudyHeader:
@@ -83,9 +102,10 @@ class _Search:
         view: View,
         spec: EncoderSpec,
         store: Store,
+        size: FleetSize,
     ) -> None:
         self.request, self.record, self.journal, self.view = request, record, journal, view
-        self.spec, self.text_dim = spec, store.text_dim
+        self.spec, self.text_dim, self.size = spec, store.text_dim, size
 
     def run(self) -> dict[str, Any]:
         """Lanes load while the study's database is opened; then trials, then the front."""
@@ -98,6 +118,7 @@ class _Search:
             cache_root() / "prefix",
             self.record["precision"],
             request.fleet,
+            self.size,
         ) as lanes:
             study = self._open_study()
             self._tune(study, lanes)

@@ -180,3 +180,10 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
             request.run_dir.rmdir()
         raise
     return record
+
+
+def discard_record(run_dir: Path) -> None:
+    """Take back `open_record` of a study that could not start; the folder goes too if nothing else is in it."""
+    (run_dir / STUDY_FILE).unlink()
+    if not any(run_dir.iterdir()):
+        run_dir.rmdir()
