@@ -19,15 +19,16 @@ def evaluate(
 ) -> None:
     """Load an adapter with plain PEFT into a fresh encoder and measure retrieval on one split."""
     from tuner.commands.inputs import DataChoice, find_store
-    from tuner.data.store import Store
+    from tuner.data.store import META_FILE, Store
     from tuner.train.evaluate import load, nested
     from tuner.train.export import read_card
     from tuner.train.metrics import bootstrap
 
     card = read_card(adapter)
     pad = card.encoder.pad_to_30s
-    prepared_for = DataChoice(data, encoder or card.encoder.source, text_encoder or card.text_encoder, pad)
-    store = Store.open(find_store(prepared_for))
+    # A prepared store holds text embeddings, so the text encoder itself need not be where the card says any more.
+    text = text_encoder or (None if (Path(data) / META_FILE).is_file() else card.text_encoder)
+    store = Store.open(find_store(DataChoice(data, encoder or card.encoder.source, text, pad)))
     loaded = load(adapter, card.encoder.model_copy(update={"source": encoder}) if encoder else None)
     result = loaded.evaluate(store, split)
     metrics, intervals = result.metrics(), bootstrap(result)
