@@ -39,6 +39,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 WAVEFORM_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense")
 WHISPER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 QWEN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CLAP_TARGETS = ("query", "key", "value", "out_proj", "fc1", "fc2")
 GLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 # Seconds of the clips: short and long, in no order, two of nearly the same length (they attend in one group).
 SECONDS = (0.83, 0.05, 2.0, 1.97, 0.311)
@@ -59,6 +60,8 @@ class Case:
     feature_channels: int = 128
     placement: Placed = "tower"
     part: str = ""  # of the tower, where it is adapted
+    leaves: tuple[str, ...] = ()  # what the modules of the targets are called, where not as the targets
+    extra_frames: int = 0  # of the longest clip, beyond its length by the frame rate
 
 
 def sizes(**more: Any) -> dict[str, Any]:
@@ -170,6 +173,59 @@ def waveform(kind: str, large: bool, head: str = "Model") -> Callable[[], Any]:
     return build
 
 
+CLAP_FRONT_END = {
+    "feature_extractor_type": "ClapFeatureExtractor",
+    "feature_size": 16,
+    "max_length_s": 2,
+    "sampling_rate": 48_000,
+    "truncation": "rand_trunc",
+    "padding": "repeatpad",
+}
+
+
+def clap(**more: Any) -> Any:
+    """Pictures of 64 by 64 instead of 256 by 256, of 2 s; the first stage shifts its windows in its second block."""
+    audio = {"spec_size": 64, "num_mel_bins": 16, "window_size": 4, "patch_embeds_hidden_size": 16, **more}
+    audio |= {"depths": [2, 1, 2], "num_attention_heads": [2, 2, 4], "hidden_size": 64, "mlp_ratio": 1.5}
+    model = transformers.ClapModel(
+        transformers.ClapConfig(
+            audio_config=audio | {"attention_probs_dropout_prob": 0.3, "drop_path_rate": 0.3},
+            text_config={**sizes(), "vocab_size": 64},
+            projection_dim=24,
+        )
+    )
+    # As trained: the mean and variance of levels in dB.
+    norm: Any = model.audio_model.audio_encoder.batch_norm
+    norm.running_mean.uniform_(-40, -20)
+    norm.running_var.uniform_(100, 400)
+    return model
+
+
+def clap_audio(kind: str) -> Any:
+    """The audio half of the same on disk, with or without its projection."""
+    whole = clap()
+    model = getattr(transformers, kind)(whole.config.audio_config)
+    own = model.audio_model if kind.endswith("WithProjection") else model
+    own.audio_encoder.batch_norm.load_state_dict(whole.audio_model.audio_encoder.batch_norm.state_dict())
+    return model
+
+
+def clap_features(spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """What transformers makes of the folder's own front end, [1, 1, F, C]."""
+    extractor: Any = transformers.ClapFeatureExtractor.from_pretrained(spec.folder)
+    features: Tensor = extractor(clip, sampling_rate=48_000, return_tensors="pt")["input_features"]
+    return features
+
+
+def before_pooling(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
+    """The original CLAP: its last tokens behind the final norm."""
+    captured: list[Tensor] = []
+    hook = model.norm.register_forward_hook(lambda module, arguments, output: captured.append(output))
+    model(clap_features(spec, clip))
+    hook.remove()
+    return captured[0][0]
+
+
 def whole_waveform(model: Any, spec: EncoderSpec, clip: NDArray[np.float32]) -> Tensor:
     features, _ = load_feature_extractor(spec).extract(clip)
     states_1TD: Tensor = model(torch.from_numpy(features)).last_hidden_state
@@ -268,6 +324,27 @@ CASES = {
     "voxtral, padded": Case(
         lambda: voxtral(**SHORT_WINDOW), WHISPER_TARGETS, in_whole_window, pad_to_30s=True, tower="model.audio_tower"
     ),
+    **{
+        name: Case(
+            model,
+            CLAP_TARGETS,
+            before_pooling,
+            preprocessor=CLAP_FRONT_END,
+            tower=tower,
+            feature_channels=16,
+            leaves=("query", "key", "value", "dense"),
+            extra_frames=1,
+        )
+        for name, model, tower in (
+            ("clap", clap, "audio_model.audio_encoder"),
+            ("clap_audio_model", lambda: clap_audio("ClapAudioModel"), "audio_encoder"),
+            (
+                "clap_audio_model with projection",
+                lambda: clap_audio("ClapAudioModelWithProjection"),
+                "audio_model.audio_encoder",
+            ),
+        )
+    },
     "glmasr": Case(glmasr, GLM_TARGETS, rotated, tower="model.audio_tower"),
     "glmasr_encoder": Case(lambda: glmasr().model.audio_tower, GLM_TARGETS, rotated),
     "qwen2_5_omni": Case(WholeOmni, WHISPER_TARGETS, in_windows, tower="thinker.model.audio_tower"),
@@ -375,7 +452,8 @@ def test_every_family_has_a_case() -> None:
 def test_features_are_stored_as_channels_by_frames(made: Made) -> None:
     spec = made.spec
     assert spec.feature_channels == made.case.feature_channels
-    assert spec.max_frames / spec.max_seconds == pytest.approx(RATE if spec.feature_channels == 1 else 100)
+    frames = spec.max_frames - made.case.extra_frames
+    assert frames / spec.max_seconds == pytest.approx(RATE if spec.feature_channels == 1 else 100)
     inputs = extracted(spec, sounds())
     for features, frames in zip(inputs.maps, inputs.frames, strict=True):
         assert features.dtype == np.float32 and features.flags.c_contiguous
@@ -399,7 +477,7 @@ def test_names_of_the_shipped_spaces_resolve(made: Made) -> None:
         for path, module in made.tower.named_modules()
         if isinstance(module, nn.Linear)
         and path.startswith(made.case.part)
-        and path.rpartition(".")[2] in made.case.targets
+        and path.rpartition(".")[2] in (made.case.leaves or made.case.targets)
     }
     assert set(placement.modules) == set(linears) and len(placement.modules) == len(linears)
     assert placement.lora_parameters == sum(3 * (each.in_features + each.out_features) for each in linears.values())

@@ -65,6 +65,9 @@ def _last_frame(step: Step, spec: EncoderSpec, sample: Sample, extractor: Featur
     if spec.feature_channels == 1:
         step.ok("the encoder reads the waveform, which has no last frame to spoil")
         return
+    if spec.fixed_tokens:
+        step.ok("a clip is repeated until it fills the encoder's window, so there is no last frame to spoil")
+        return
     silence = np.zeros(int(SILENCE_SECONDS * spec.sampling_rate), dtype=np.float32)
     room = int(spec.max_seconds * spec.sampling_rate) - silence.size
     differences = [
@@ -106,7 +109,11 @@ def _truncation(step: Step, encoder: AudioEncoder, sample: Sample) -> None:
             "this encoder must not be batched; report it with the name of the model",
         )
         return
-    saved = "padded to the encoder's whole window" if encoder.spec.pad_to_30s else f"{tokens} tokens and not {window}"
+    saved = f"{tokens} tokens and not {window}"
+    if encoder.spec.pad_to_30s:
+        saved = "padded to the encoder's whole window"
+    elif encoder.spec.fixed_tokens:
+        saved = f"both fill the encoder's whole window, {window} tokens"
     step.ok(f"truncation is exact: a clip beside a longer one equals the clip alone within {worst:.1e} ({saved})")
 
 

@@ -31,6 +31,11 @@ def real_token_mask(lengths_B: Tensor, tokens: int) -> Tensor:
     return torch.arange(tokens, device=lengths_B.device) < lengths_B.unsqueeze(1)
 
 
+def _all_or_each(whole: int | None, length_B: Tensor) -> Tensor:
+    """The length that all clips have, where there is one, else their own."""
+    return length_B if whole is None else torch.full_like(length_B, whole)
+
+
 @dataclass(frozen=True)
 class Hidden:
     """Clips on their way through the encoder."""
@@ -73,12 +78,13 @@ class AudioEncoder(nn.Module, ABC):
 
     def token_lengths(self, frames_B: Tensor) -> Tensor:
         """Output tokens of each clip for its real frames, int64: what pooling averages. See `spec.token_length`."""
-        return shortened(frames_B, (*self.spec.windows(self.spec.num_layers), *self.spec.pooling_windows))
+        windows = (*self.spec.windows(self.spec.num_layers), *self.spec.pooling_windows)
+        return shortened(_all_or_each(self.spec.fixed_tokens, frames_B), windows)
 
     def sequence_lengths(self, frames_B: Tensor, depth: int = 0) -> Tensor:
         """Tokens of each clip that enter block `depth`, int64. See `spec.sequence_length`."""
-        frames_B = torch.full_like(frames_B, self.spec.max_frames) if self.spec.pad_to_30s else frames_B
-        return shortened(frames_B, self.spec.windows(depth))
+        whole = self.spec.fixed_tokens or (self.spec.max_frames if self.spec.pad_to_30s else None)
+        return shortened(_all_or_each(whole, frames_B), self.spec.windows(depth))
 
     @abstractmethod
     def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:

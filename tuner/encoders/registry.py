@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.config import EncoderRef
-from tuner.encoders import ctranslate2, glmasr, qwen2_5_omni, qwen2_audio, voxtral, wav2vec2, whisper
+from tuner.encoders import clap, ctranslate2, glmasr, qwen2_5_omni, qwen2_audio, voxtral, wav2vec2, whisper
 from tuner.encoders.checkpoint import (
     CONFIG_PATTERNS,
     INDEX,
@@ -39,6 +39,7 @@ __all__ = [
 
 _RECORDS = (
     whisper.FAMILY,
+    *clap.FAMILIES,
     *glmasr.FAMILIES,
     *qwen2_5_omni.FAMILIES,
     *qwen2_audio.FAMILIES,

@@ -52,6 +52,7 @@ class Stage:
     aliases: Mapping[str, tuple[str, ...]]
     windows: tuple[Window, ...] = ()
     part: Part = "tower"
+    attention_window: int | None = None  # tokens that attend to one another, where a clip attends in windows
 
     def block_names(self) -> tuple[str, ...]:
         """Names of the blocks of this stage below the root of the adapters."""
@@ -80,6 +81,8 @@ class EncoderSpec:
     stages: tuple[Stage, ...]
     stem_windows: tuple[Window, ...]
     pooling_windows: tuple[Window, ...] = ()
+    # Tokens of the first block where every clip fills the whole window, however short it is; no stem windows then.
+    fixed_tokens: int | None = None
     path: EncoderPath = "audio_tower"
     # Where transformers has the tower in its whole model: "" where the folder holds a tower alone, None where the
     # whole model is the encoder, so that there is no shorter path than `full_forward`.
@@ -132,14 +135,14 @@ class EncoderSpec:
 
     def token_length(self, frames: int) -> int:
         """Output tokens that describe a clip of `frames` real frames: what is pooled, padding left out."""
-        length = frames
+        length = self.fixed_tokens or frames
         for window in (*self.windows(self.num_layers), *self.pooling_windows):
             length = window.outputs(length)
         return length
 
     def sequence_length(self, frames: int, depth: int = 0) -> int:
         """Tokens that enter block `depth` for a clip of `frames` real frames: what it costs."""
-        length = self.max_frames if self.pad_to_30s else frames
+        length = self.fixed_tokens or (self.max_frames if self.pad_to_30s else frames)
         for window in self.windows(depth):
             length = window.outputs(length)
         return length

@@ -13,8 +13,9 @@ of its input, none through the layers before it, and none through attention if t
 down run once, into the prefix cache.
 
 Left out, together below 1 % at the sizes that are worth an estimate: norms, softmax, activation functions, dropout, the
-loss and the optimiser. Attention is counted over the whole clip, which is an upper bound for families with windows or
-causal masks, as are stem convolutions counted at the encoder's full width for wav2vec 2.0 and its kin.
+loss and the optimiser; and CLAP's stem and the merging of its tokens, 5 % of its frozen pass. Attention is counted over
+the window that a stage names (CLAP), else over the whole clip, which is an upper bound for other families with windows
+or causal masks, as are stem convolutions counted at the encoder's full width for wav2vec 2.0 and its kin.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ class Lengths:
         return sum(self.frames.values())
 
     def tokens(self, spec: EncoderSpec, depth: int) -> tuple[int, int]:
-        """Tokens that enter block `depth`, and the sum of their squares clip by clip."""
-        total = squares = 0
+        """Tokens that enter block `depth`, and pairs of those that attend to one another."""
+        window = spec.stages[spec.stage_at(depth)].attention_window
+        total = pairs = 0
         for frames, count in self.frames.items():
             length = spec.sequence_length(frames, depth)
             total += count * length
-            squares += count * length**2
-        return total, squares
+            pairs += count * length * min(length, window or length)
+        return total, pairs
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def training_flops(spec: EncoderSpec, config: TrialConfig, lengths: Lengths, tex
     blocks = 0
     for depth in range(first, run.num_layers):
         stage, rank = run.stages[run.stage_at(depth)], adapted.get(depth)
-        tokens, squares = lengths.tokens(run, depth)
+        tokens, pairs = lengths.tokens(run, depth)
         forward, attention = _forward(stage, rank), _attention(stage)
         backward, attention_too = _backward(stage, rank, entered=depth > first)
-        blocks += tokens * (forward + backward) + squares * attention * (3 if attention_too else 1)
+        blocks += tokens * (forward + backward) + pairs * attention * (3 if attention_too else 1)
     return blocks + head
 
 
@@ -168,8 +170,8 @@ def _run_flops(run: EncoderSpec, adapted: Mapping[int, _Rank], depths: Iterable[
     total = 0
     for depth in depths:
         stage = run.stages[run.stage_at(depth)]
-        tokens, squares = lengths.tokens(run, depth)
-        total += tokens * _forward(stage, adapted.get(depth)) + squares * _attention(stage)
+        tokens, pairs = lengths.tokens(run, depth)
+        total += tokens * _forward(stage, adapted.get(depth)) + pairs * _attention(stage)
     return total
 
 

@@ -1,0 +1,225 @@
+"""CLAP's audio tower, HTSAT (arXiv:2202.00874): facts from its configuration, and its features. No torch at import.
+
+A Swin transformer over one picture of the sound: the mel spectrum of 10 s, stretched a little and folded into a square,
+cut into patches. A clip always fills that window: a shorter one is repeated as the checkpoint's own front end says
+(`repeatpad`: as often as it fits, then zeros), and a longer one is refused, where the original takes 10 s of it at
+random. So all clips have the same number of tokens and there is no padding to cut away. On the way from stage to stage
+4 neighbouring tokens become one of twice the width.
+
+The tower comes inside the whole model (`clap`), of which nothing else is read, or as a folder of its own
+(`clap_audio_model`, with or without the projection, which is left out: a head of the adapter's own takes its place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.encoders.checkpoint import fingerprint, positive, read_json, tower_config, weight_files
+from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
+from tuner.errors import DataError, EncoderError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tuner.encoders.base import AudioEncoder
+
+WHOLE, TOWER = "clap", "clap_audio_model"
+PREFIXES = {WHOLE: ("audio_model.audio_encoder.",), TOWER: ("audio_model.audio_encoder.", "audio_encoder.")}
+PREPROCESSOR = "preprocessor_config.json"
+SAMPLING_RATE = 48_000  # Hz
+# What the nested configuration of a whole model may leave out: the defaults of transformers.
+DEFAULTS = {
+    "depths": [2, 2, 6, 2],
+    "enable_fusion": False,
+    "mlp_ratio": 4.0,
+    "num_mel_bins": 64,
+    "patch_embeds_hidden_size": 96,
+    "patch_stride": [4, 4],
+    "spec_size": 256,
+    "window_size": 8,
+}
+_EXTRACTOR_DEFAULTS = {
+    "feature_size": 64,
+    "hop_length": 480,
+    "max_length_s": 10,
+    "sampling_rate": SAMPLING_RATE,
+    "truncation": "fusion",
+}
+# Four neighbours, two by two, become one token; in a row of them that is every fourth.
+MERGING = Window(kernel=4, stride=4, padding=0)
+# transformers calls the last three `dense`, each in a module of its own; the names here are those of other families.
+_SUFFIXES = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "out_proj": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+ALIASES = {
+    "q_proj": ("query",),
+    "k_proj": ("key",),
+    "v_proj": ("value",),
+    "o_proj": ("out_proj",),
+    "up_proj": ("fc1",),
+    "down_proj": ("fc2",),
+}
+
+
+def inspect(source: EncoderSource) -> EncoderSpec:
+    """Facts of the tower; `source` is a whole model or the tower alone.
+
+    Raises:
+        EncoderError: a field of the configuration is wrong or asks for fusion, there are no weights or no preprocessor
+            configuration, or padding to 30 s is asked for.
+    """
+    folder, family = source.folder, source.model_type
+    if source.ref.pad_to_30s:
+        raise EncoderError(f"{source.ref.source}: a clip always fills the window of CLAP; leave pad_to_30s out")
+    config = tower_config(source.config, DEFAULTS)
+    if config["enable_fusion"]:
+        raise EncoderError(
+            f"{folder}: enable_fusion in config.json asks for four views of a clip, which this program does not run; "
+            "use a checkpoint without fusion, such as laion/clap-htsat-unfused"
+        )
+    mels, size = positive(config, "num_mel_bins", folder), positive(config, "spec_size", folder)
+    extractor = _read_preprocessor(folder / PREPROCESSOR, mels)
+    frames = extractor["max_length_s"] * SAMPLING_RATE // extractor["hop_length"] + 1
+    if frames > size * (size // mels):
+        raise EncoderError(
+            f"{folder}: {PREPROCESSOR} makes {frames} frames, more than the {size * (size // mels)} that spec_size and "
+            "num_mel_bins in config.json have room for; fetch the model again"
+        )
+    return EncoderSpec(
+        family=family,
+        source=source.ref.source,
+        folder=folder,
+        checkpoint=source.checkpoint,
+        pad_to_30s=False,
+        fingerprint=fingerprint(
+            [folder / "config.json", folder / PREPROCESSOR], weight_files(folder, PREFIXES[family]), family
+        ),
+        sampling_rate=SAMPLING_RATE,
+        feature_channels=mels,
+        max_frames=frames,
+        max_seconds=float(extractor["max_length_s"]),
+        stages=_stages(config, folder),
+        stem_windows=(),
+        fixed_tokens=_side(config, folder) ** 2,
+        tower_path=_tower_path(source),
+    )
+
+
+class ClapFeatures:
+    """Log-mel spectrum of the whole window that a clip fills, by the checkpoint's own front end."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        from transformers import ClapFeatureExtractor
+
+        self.spec = spec
+        config = _read_preprocessor(spec.folder / PREPROCESSOR, spec.feature_channels)
+        self.extractor: Any = ClapFeatureExtractor.from_dict(config)
+
+    def extract(self, waveform: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+        """Log-mel levels in dB [C, F] of mono samples [S] at 48 kHz, and F: all frames of the window are the clip's.
+
+        Raises:
+            DataError: the clip is empty, not mono, or longer than the window.
+        """
+        if waveform.ndim != 1 or not waveform.size:
+            raise DataError(f"a clip must be mono and not empty, but this one has shape {waveform.shape}")
+        # The extractor would go on with a random part of it.
+        if waveform.size > self.extractor.nb_max_samples:
+            raise DataError(
+                f"a clip of {waveform.size / SAMPLING_RATE:.1f} s is longer than the encoder's "
+                f"{self.spec.max_seconds:g} s; cut it"
+            )
+        output = self.extractor(waveform, sampling_rate=SAMPLING_RATE)
+        features: NDArray[np.float32] = np.ascontiguousarray(output["input_features"][0][0].T, dtype=np.float32)
+        return features, features.shape[1]
+
+
+def _stages(config: Mapping[str, Any], folder: Path) -> tuple[Stage, ...]:
+    first, window = positive(config, "patch_embeds_hidden_size", folder), positive(config, "window_size", folder)
+    stages = []
+    for index, layers in enumerate(_depths(config, folder)):
+        width = first * 2**index
+        wide = int(config["mlp_ratio"] * width)
+        sizes = {"fc1": (width, wide), "fc2": (wide, width)}
+        stages.append(
+            Stage(
+                block_path=f"layers.{index}.blocks.{{}}",
+                layers=layers,
+                width=width,
+                targets={
+                    name: LinearTarget(suffix, *sizes.get(name, (width, width))) for name, suffix in _SUFFIXES.items()
+                },
+                aliases=ALIASES,
+                windows=(MERGING,) if index else (),
+                attention_window=window**2,
+            )
+        )
+    return tuple(stages)
+
+
+def _side(config: Mapping[str, Any], folder: Path) -> int:
+    """Patches along a side of the picture. Each stage halves it, and the last one still holds a window of attention."""
+    size, mels = positive(config, "spec_size", folder), positive(config, "num_mel_bins", folder)
+    window, halvings = positive(config, "window_size", folder), len(_depths(config, folder)) - 1
+    stride = config["patch_stride"]
+    if isinstance(stride, list) and len(set(stride)) == 1:
+        stride = stride[0]
+    if isinstance(stride, int) and stride > 0:
+        side = size // stride
+        if size % mels == 0 and side % 2**halvings == 0 and side >> halvings >= window:
+            return side
+    raise EncoderError(
+        f"{folder}: spec_size, num_mel_bins, patch_stride, depths and window_size in config.json do not fit together; "
+        "fetch the model again"
+    )
+
+
+def _depths(config: Mapping[str, Any], folder: Path) -> list[int]:
+    depths = config["depths"]
+    if not isinstance(depths, list) or not depths or not all(isinstance(each, int) and each > 0 for each in depths):
+        raise EncoderError(
+            f"{folder}: depths in config.json is {depths!r}, expected a list of positive numbers; fetch the model again"
+        )
+    return depths
+
+
+def _tower_path(source: EncoderSource) -> str:
+    # Of the two classes with this configuration one holds the other.
+    bare = source.model_type == TOWER and "ClapAudioModel" in (source.config.get("architectures") or ())
+    return "audio_encoder" if bare else "audio_model.audio_encoder"
+
+
+def _read_preprocessor(path: Path, mels: int) -> dict[str, Any]:
+    if not path.is_file():
+        raise EncoderError(f"{path}: is missing, and it alone says how a clip fills the window; fetch it too")
+    config = _EXTRACTOR_DEFAULTS | read_json(path)
+    for name, value in {"sampling_rate": SAMPLING_RATE, "feature_size": mels, "truncation": "rand_trunc"}.items():
+        if config[name] != value:
+            raise EncoderError(f"{path}: {name} is {config[name]}, but this encoder reads {value}; fetch it again")
+    for name in ("hop_length", "max_length_s"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise EncoderError(f"{path}: {name} is {config[name]!r}, expected a positive number; fetch it again")
+    return config
+
+
+def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
+    from tuner.encoders.clap_tower import load_clap
+
+    return load_clap(spec, dtype, device)
+
+
+FAMILIES = tuple(
+    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=ClapFeatures)
+    for name, prefixes in PREFIXES.items()
+)

@@ -1,0 +1,88 @@
+"""CLAP's audio tower, HTSAT, in torch. A torch module.
+
+Shapes: B clips, C mel bins, F frames, T tokens of a clip, N tokens of all clips, D width of the stage.
+
+What comes out are the last stage's tokens behind the final layer norm. Their mean is transformers' `pooler_output`:
+what it does before its `avgpool` only puts the tokens in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from tuner.encoders.base import AudioEncoder, Hidden
+from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
+from tuner.encoders.clap import DEFAULTS, PREFIXES
+from tuner.encoders.packed import Packing
+from tuner.encoders.spec import EncoderSpec
+
+# The tower is frozen: its own dropout would only add noise to features that every adapter shares.
+NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
+
+
+class HtsatEncoder(AudioEncoder):
+    """Transformers' ClapAudioEncoder behind the surface of `AudioEncoder`."""
+
+    def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:
+        """Batch BCF; every clip fills the window, so there is nothing to pad."""
+        return torch.from_numpy(np.stack(features)).to(self.device, self.dtype)
+
+    def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
+        """States BTD before block 0: patches of the folded picture, row by row."""
+        tower: Any = self.tower
+        norm = tower.batch_norm
+        # By the running statistics even in `train()`: the module itself would take those of the batch, and learn them.
+        level_BCF = F.batch_norm(
+            features_BCF, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+        )
+        return cast(Tensor, tower.patch_embed(tower.reshape_mel2img(level_BCF.transpose(1, 2)[:, None])))
+
+    def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
+        """States ND after block `index`, whose windows of attention lie in the picture of one clip each."""
+        tower: Any = self.tower
+        stage = self.spec.stage_at(index)
+        layer = tower.layers[stage].blocks[index - self.spec.first_block(stage)]
+        (hidden_BTD,) = layer(_by_clip(hidden_ND, packing), tower.input_resolutions[stage])
+        return cast(Tensor, hidden_BTD.flatten(0, 1))
+
+    def enter_stage(self, stage: int, hidden: Hidden) -> Hidden:
+        """Neighbours merged two by two, at twice the width."""
+        tower: Any = self.tower
+        states_BTD = _by_clip(hidden.states_ND, hidden.packing)
+        merged_BTD = tower.layers[stage - 1].downsample(states_BTD, tower.input_resolutions[stage - 1])
+        clips, tokens, _ = merged_BTD.shape
+        packing = self.packing([tokens] * clips, self.spec.first_block(stage))
+        return Hidden(merged_BTD.flatten(0, 1), packing, hidden.frames_B)
+
+    def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
+        """The final layer norm."""
+        tower: Any = self.tower
+        return cast(Tensor, tower.norm(hidden_ND)), list(packing.lengths)
+
+
+def _by_clip(hidden_ND: Tensor, packing: Packing) -> Tensor:
+    """States BTD: all clips have the same number of tokens."""
+    return hidden_ND.view(len(packing.lengths), -1, hidden_ND.shape[1])
+
+
+def load_clap(spec: EncoderSpec, dtype: torch.dtype, device: str) -> HtsatEncoder:
+    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+
+    Raises:
+        EncoderError: the weights are damaged or do not fit the configuration.
+    """
+    from transformers import ClapAudioConfig
+    from transformers.models.clap.modeling_clap import ClapAudioEncoder
+
+    config = ClapAudioConfig(**(tower_config(read_json(spec.folder / "config.json"), DEFAULTS) | NO_DROPOUT))
+    with torch.device("meta"):
+        tower = ClapAudioEncoder(config)
+    load_strictly(tower, read_tensors(spec.folder, PREFIXES[spec.family], dtype, device), spec.folder)
+    return HtsatEncoder(spec, tower).eval()
