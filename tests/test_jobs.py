@@ -84,6 +84,10 @@ def test_words_are_passed_on_and_the_machinery_is_not() -> None:
     feed = EventFeed(here, said.append)
     for line in (
         "2026-11-23 08:30:16,599\tINFO job_manager.py:568 -- Runtime env is setting up.",
+        "*** SIGTERM received at time=1795425100 on cpu 1 ***",
+        "PC: @     0x7f676c8a3f16  (unknown)  (unknown)",
+        "@     0x7f676c85a050  (unknown)  (unknown)",
+        "[2026-11-23 09:11:40,015 E 8449 8449] logging.cc:474: PC: @     0x7f676c8a3f16  (unknown)  (unknown)",
         "\x1b[0mtuner: no such store",
         "",
         '{"event": "epoch", "trial"',
@@ -264,6 +268,17 @@ def test_status_says_how_far_it_is_and_what_failed(
     assert lines[2] == "t0002 failed: loss became nan in epoch 2"
     assert lines[3] == "front 2 points so far:"
     assert [line.split()[0] for line in lines[4:]] == ["t0000", "t0001"]
+
+
+def test_stopping_says_how_to_go_on(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = io.StringIO()
+    JsonView(out).start(StudyHeader("s", "full", "recall@10", 5, 2, None, "/mnt/runs/s"))
+    head.status, head.log = "RUNNING", ["no event\n", out.getvalue()]
+    assert tuner(monkeypatch, "stop", "s", "--address", "http://head:8265") == 0
+    again = "tuner search --resume s --runs /mnt/runs --address http://head:8265"
+    assert capsys.readouterr().out == f"study s: stopped; go on with `{again}`\n"
 
 
 # Connecting

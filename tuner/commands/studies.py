@@ -87,7 +87,18 @@ def stop(study: Study, address: Address) -> None:
 
     cluster = connect(address)
     ended = cluster.stop(cluster.find(study))
-    typer.echo(f"study {study}: {ended.state.lower()}; go on with `tuner search --resume {study} --address {address}`")
+    typer.echo(f"study {study}: {ended.state.lower()}{_how_to_go_on(cluster, ended, address)}")
+
+
+def _how_to_go_on(cluster: Cluster, job: StudyJob, address: str) -> str:
+    """The command that resumes, if the search got as far as making its study."""
+    from tuner.service.events import read_event
+
+    for event in map(read_event, cluster.lines(job)):
+        if event and event["event"] == "start":
+            runs = Path(event["run_dir"]).parent
+            return f"; go on with `tuner search --resume {job.study} --runs {runs} --address {address}`"
+    return ""
 
 
 def submit_search(context: typer.Context, address: str, json: bool) -> None:

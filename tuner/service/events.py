@@ -10,8 +10,11 @@ from typing import Any
 
 from tuner.report.live import EpochRow, StudyHeader, View
 
-# How Ray's own processes begin their lines in a job's log.
-RAY_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(DEBUG|INFO|WARNING)\b")
+# How Ray's own lines begin in a job's log: of its Python, of its C++, and the stack that this prints when stopped.
+RAY_LINE = re.compile(
+    r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\s+(DEBUG|INFO|WARNING)\b|\[\d{4}-\d\d-\d\d .*\] \w+\.cc:\d+: |"
+    r"\*\*\* SIG\w+ received at |PC: @ |@ +0x)"
+)
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 

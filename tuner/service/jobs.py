@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import logging
 import os
 import shlex
 import time
@@ -57,6 +58,8 @@ def connect(address: str) -> Cluster:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    # It reports each closed connection among the lines that are followed.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address, headers=_token_header())
         # The version is told to anyone; whether the token is right shows here.
