@@ -109,16 +109,19 @@ def write_encoder(folder: Path, layers: int = 3) -> Path:
 
 
 def write_store(folder: Path, encoder: EncoderRef, clips: int = 60) -> Path:
-    """Clips of 3 to 11 tokens; a clip's sound says which of a few captions it has, so that training can learn it."""
+    """Clips of 3 to 11 tokens, or as many as they all have; a clip's sound says which of a few captions it has, so that
+    training can learn it."""
     folder.mkdir()
     random = np.random.default_rng(0)
     spec = inspect_encoder(encoder)
     # Loud, because a random encoder hears positions better than sound.
     patterns = 20 * random.standard_normal((CAPTIONS, MELS, 1))
     frames = random.integers(6, 22, size=clips)
+    if spec.fixed_tokens:
+        frames[:] = spec.max_frames
     features = []
     for clip in range(clips):
-        stored = 2 * ((int(frames[clip]) - 1) // 2 + 1) + 2
+        stored = spec.max_frames if spec.fixed_tokens else 2 * ((int(frames[clip]) - 1) // 2 + 1) + 2
         features.append((patterns[clip % CAPTIONS] + 5 * random.standard_normal((MELS, stored))).astype(np.float32))
     with FeatureWriter(folder) as writer:
         writer.add(range(clips), pa.array([item.reshape(-1) for item in features], pa.list_(pa.float32())))

@@ -203,7 +203,7 @@ def _tower_path(source: EncoderSource) -> str:
 def _read_preprocessor(path: Path, mels: int) -> dict[str, Any]:
     if not path.is_file():
         raise EncoderError(f"{path}: is missing, and it alone says how a clip fills the window; fetch it too")
-    config = _EXTRACTOR_DEFAULTS | read_json(path)
+    config: dict[str, Any] = _EXTRACTOR_DEFAULTS | read_json(path)
     for name, value in {"sampling_rate": SAMPLING_RATE, "feature_size": mels, "truncation": "rand_trunc"}.items():
         if config[name] != value:
             raise EncoderError(f"{path}: {name} is {config[name]}, but this encoder reads {value}; fetch it again")

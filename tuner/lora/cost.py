@@ -13,7 +13,7 @@ of its input, none through the layers before it, and none through attention if t
 down run once, into the prefix cache.
 
 Left out, together below 1 % at the sizes that are worth an estimate: norms, softmax, activation functions, dropout, the
-loss and the optimiser; and CLAP's stem and the merging of its tokens, 5 % of its frozen pass. Attention is counted over
+loss and the optimiser; and CLAP's stem and the merging of its tokens, 4 % of its frozen pass. Attention is counted over
 the window that a stage names (CLAP), else over the whole clip, which is an upper bound for other families with windows
 or causal masks, as are stem convolutions counted at the encoder's full width for wav2vec 2.0 and its kin.
 """
