@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install search test check bench lock clean
+.PHONY: help install search test ssh check bench lock clean
 
 help:
 	@echo "make search   search LoRA configurations on the demo: real speech, embedded Ray"
@@ -28,8 +28,15 @@ $(INSTALLED): requirements.lock requirements-demo.lock pyproject.toml
 search: install
 	$(BIN)/tuner search --space attention_only
 
-test: install
+test: install ssh
 	$(BIN)/python -m pytest
+
+# One test brings up a cluster with `ray up` on this machine, by ssh. RUNLEVEL keeps the system's own sshd from starting.
+ssh:
+	@{ command -v ssh && command -v rsync && test -x /usr/sbin/sshd; } > /dev/null || { \
+		test "$$(id -u)" = 0 || { echo "make test needs sshd and rsync; run: sudo apt-get install openssh-server rsync" >&2; exit 2; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+			apt-get install -y -qq --no-install-recommends openssh-server openssh-client rsync > /dev/null; }
 
 check: install
 	$(BIN)/ruff format --check .

@@ -24,8 +24,8 @@ from tuner.errors import PlacementError
 from tuner.lora import adapter as adapters
 from tuner.lora.path import MIN_TOKENS, EncodingPath, check_placement, clips_to_trace, describe, trace_path
 from tuner.lora.placement import resolve_placement
+from tuner.records import Journal
 from tuner.search.callback import Recorder
-from tuner.search.records import Journal
 from tuner.train.pack import Pack, PackContext
 
 SECONDS = (0.83, 0.4)

@@ -14,8 +14,8 @@ import pytest
 
 from tuner.config import LoraSpec, OptimSpec, TrialConfig
 from tuner.errors import StudyError
+from tuner.records import JOURNAL_FILE, TRIALS_FILE, Journal, flat_config, read_study, write_json
 from tuner.report.run import read_run
-from tuner.search.records import JOURNAL_FILE, TRIALS_FILE, Journal, flat_config, read_study, write_json
 
 BASELINE = TrialConfig().model_dump(mode="json")
 LORA = TrialConfig(lora=LoraSpec(rank=4, targets=("q_proj", "v_proj")), seed=7).model_dump(mode="json")

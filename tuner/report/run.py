@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tuner.config import TrialConfig
 from tuner.errors import StudyError
 from tuner.pareto import Direction, pareto_front
-from tuner.search.records import FRONT_FILE, STUDY_FILE, TRIALS_FILE, read_study
+from tuner.records import FRONT_FILE, STUDY_FILE, TRIALS_FILE, read_study
 
 PARAMETERS = "trainable_parameters"
 BASELINE = "projection_only"

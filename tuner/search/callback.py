@@ -8,8 +8,8 @@ from typing import Any
 
 from ray import tune
 
+from tuner.records import Journal
 from tuner.report.live import EpochRow, View
-from tuner.search.records import Journal
 
 # Rewriting the table costs a few milliseconds; more often than this nobody looks.
 TABLE_SECONDS = 5.0

@@ -21,11 +21,11 @@ from tuner.errors import StudyError
 from tuner.lanes.fleet import HEAD_NODE, Fleet, FleetSize, connected, fleet, size_fleet
 from tuner.lanes.trial import TrialClient
 from tuner.lora.placement import trainable_parameters
+from tuner.records import FRONT_FILE, STUDY_FILE, Journal, write_json
 from tuner.report.html import write_report
 from tuner.report.live import StudyHeader, View
 from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select
-from tuner.search.records import FRONT_FILE, STUDY_FILE, Journal, write_json
 from tuner.search.searcher import StudySearcher, trial_id
 from tuner.search.study import (
     SearchRequest,

@@ -15,8 +15,8 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.errors import StudyError
 from tuner.lanes.fleet import FleetOptions
 from tuner.lora.placement import trainable_parameters
+from tuner.records import STUDY_FILE, read_study, write_json
 from tuner.search.confirm import BASELINE, RECOMMENDED
-from tuner.search.records import STUDY_FILE, read_study, write_json
 from tuner.search.searcher import Objective
 from tuner.space import SearchSpace
 
