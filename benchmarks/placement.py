@@ -188,7 +188,7 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def main(steps: int = 14, train: int = 600, held_out: int = 200, epochs: int = 4, quick: bool = False) -> None:
+def main(steps: int = 12, train: int = 800, held_out: int = 400, epochs: int = 4, quick: bool = False) -> None:
     """Measure; `held_out` recordings are validation, and as many test."""
     if quick:
         steps, train, held_out, epochs = 4, 32, 12, 1
