@@ -133,7 +133,7 @@ def build(lever: Lever, store: Store, batch_size: int, prefix_root: Path) -> Pac
     reference = EncoderRef(source=store.encoder.source, pad_to_30s=lever.pad_to_30s)
     encoder = load_encoder(inspect_encoder(reference), dtype_of(lever.precision))
     settings = RunSettings(
-        store=str(store.folder), encoder=reference, epochs=MAX_EPOCHS, batch_size=batch_size, tokens_per_forward=4096
+        store=str(store.folder), encoder=reference, epochs=MAX_EPOCHS, batch_size=batch_size, tokens_per_forward=8192
     )
     pack = lever.pack(PackContext(encoder, store, settings, prefix_root=prefix_root if lever.cached_prefix else None))
     dropout: AbstractContextManager[Any] = nullcontext()

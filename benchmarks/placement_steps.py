@@ -137,7 +137,7 @@ class UnusedTraining:
         (batch,) = epoch_batches(store, clips, len(clips), 0, self._steps)
         started = time.perf_counter()
         lengths = row_lengths(encoder, store)[batch.clips_B]
-        pooled_BH = pool_clips(encoder, LivePrefix(encoder, store, 0), batch.clips_B, lengths, 4096)
+        pooled_BH = pool_clips(encoder, LivePrefix(encoder, store, 0), batch.clips_B, lengths, 8192)
         text_BD = torch.from_numpy(np.asarray(store.text_embeddings)[batch.captions_B])
         loss = self._loss(self._head(pooled_BH), text_BD, torch.from_numpy(same_pairs(store, batch)))
         loss.backward()

@@ -139,7 +139,7 @@ class RunSettings(Frozen):
     epochs: int = Field(default=8, ge=1)
     batch_size: int = Field(default=128, ge=2, description="clips per optimiser step, over all workers of a lane")
     tokens_per_forward: int = Field(
-        default=4096, ge=1, description="encoder tokens per forward pass: bounds padding and memory"
+        default=8192, ge=1, description="encoder tokens per forward pass: bounds padding and memory"
     )
     data_seed: int = Field(
         default=0, ge=0, description="order of clips and choice of captions, the same for all trials"

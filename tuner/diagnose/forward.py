@@ -19,7 +19,7 @@ from tuner.lora.path import EncodingPath, clips_to_trace, describe, trace_path
 from tuner.train.model import pool_clips
 from tuner.train.prefix import LivePrefix, row_lengths
 
-BUDGET = 4096  # tokens of a forward pass, as a search has by default
+BUDGET = 8192  # tokens of a forward pass, as a search has by default
 COLLAPSED = 0.9999  # mean cosine between different clips above which nothing tells them apart
 NARROW = 0.99
 

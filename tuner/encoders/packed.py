@@ -224,12 +224,12 @@ def _attend(
         )
     score_HGTT = query_HGTd @ key_HGTd.transpose(2, 3)
     if scaling != 1.0:
-        score_HGTT = score_HGTT * scaling
+        score_HGTT.mul_(scaling)
     if group.causal:
         later_TT = torch.ones(group.width, group.width, dtype=torch.bool, device=score_HGTT.device).triu(1)
         score_HGTT = score_HGTT.masked_fill(later_TT, -torch.inf)
     if bias is not None:
-        score_HGTT = score_HGTT + bias
+        score_HGTT.add_(bias)
     return score_HGTT.softmax(dim=3) @ value_HGTd
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _LEVELS = 2**8
 _WORD = 8  # elements that one 64-bit draw serves
-_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_BITS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
 
 
 class LoraDropout(nn.Module):
@@ -40,17 +40,16 @@ class LoraDropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, self.p)
-        kept: Tensor = _Kept.apply(x, self.draw_mask(x.shape))  # type: ignore[no-untyped-call]
+        kept: Tensor = _Kept.apply(x, self.draw_mask(x))  # type: ignore[no-untyped-call]
         return kept * self.scale
 
-    def draw_mask(self, shape: torch.Size) -> Tensor:
-        """A mask for `keep`: int8, all bits set where an element stays and none where it goes."""
+    def draw_mask(self, x: Tensor) -> Tensor:
+        """A mask for `keep`: integers as wide as `x`, all bits set where an element stays and none where it goes."""
         generator = np.random.SFC64(int(torch.randint(2**63 - 1, ())))
-        words: Any = generator.random_raw(-(-shape.numel() // _WORD))
-        stays = words.view(np.uint8)[: shape.numel()] >= self.threshold
-        mask = stays.view(np.int8)
-        np.negative(mask, out=mask)
-        return torch.from_numpy(mask).view(shape)
+        words: Any = generator.random_raw(-(-x.numel() // _WORD))
+        stays = words.view(np.uint8)[: x.numel()] >= self.threshold
+        # As wide at once: a product of unlike integers would convert the mask anew for each use.
+        return torch.from_numpy(stays.view(np.int8)).to(_BITS[x.itemsize]).neg_().view(x.shape)
 
     def extra_repr(self) -> str:
         """As `nn.Dropout` shows itself."""
@@ -59,8 +58,7 @@ class LoraDropout(nn.Module):
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
     """`x` where the mask keeps it and zero elsewhere; without a gradient."""
-    bits = _BITS[x.dtype]
-    return torch.bitwise_and(x.contiguous().view(bits), mask).view(x.dtype)
+    return torch.bitwise_and(x.contiguous().view(mask.dtype), mask).view(x.dtype)
 
 
 class _Kept(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 PEFT's forward is `base(x) + lora_B(lora_A(dropout(x))) * scaling`: three passes over the wide output besides the
 products, as many in backward, and a copy of the dropped input kept for it. Here the low-rank product is added inside
-the matrix product (its `beta`), the scaling goes into the small B, and of dropout only the mask is kept: one byte an
-element. What is measured or exported runs PEFT's own forward.
+the matrix product (its `beta`), the scaling goes into the small B, and of dropout only the mask is kept. What is
+measured or exported runs PEFT's own forward.
 
 Shapes: N tokens, I inputs, O outputs, r rank.
 """
@@ -31,7 +31,7 @@ class LoraLinear(lora.Linear):
         base, dropout = self.get_base_layer(), self.lora_dropout[name]
         mask, scaling = None, float(self.scaling[name])
         if isinstance(dropout, LoraDropout) and dropout.training and dropout.threshold:
-            mask, scaling = dropout.draw_mask(x.shape), scaling * dropout.scale
+            mask, scaling = dropout.draw_mask(x), scaling * dropout.scale
         weight_A, weight_B = self.lora_A[name].weight, self.lora_B[name].weight
         output: Tensor = _Joined.apply(x, base.weight, base.bias, weight_A, weight_B, mask, scaling)  # type: ignore[no-untyped-call]
         return output
@@ -66,8 +66,13 @@ class _Joined(torch.autograd.Function):
         small_rI, small_Or = weight_A.to(x.dtype), (weight_B * scaling).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             low_Nr = (x_NI if mask_NI is None else keep(x_NI, mask_NI)) @ small_rI.T
-            output_NO = x_NI @ weight_OI.T if bias_O is None else torch.addmm(bias_O, x_NI, weight_OI.T)
-            output_NO.addmm_(low_Nr, small_Or.T)
+            output_NO = x_NI @ weight_OI.T
+            if bias_O is None:
+                output_NO.addmm_(low_Nr, small_Or.T)
+            else:
+                # The bias rides along as one more column; `addmm` would first copy it to every row.
+                ones_N1 = low_Nr.new_ones(len(low_Nr), 1)
+                output_NO.addmm_(torch.cat([low_Nr, ones_N1], 1), torch.cat([small_Or, bias_O[:, None]], 1).T)
         ctx.save_for_backward(x_NI, weight_OI, small_rI, small_Or, low_Nr, mask_NI)
         ctx.scaling = scaling
         return output_NO.view(*x.shape[:-1], -1)

@@ -186,7 +186,7 @@ def _optimizer(
     ]
     if lora:
         groups.append({"params": lora, "lr": spec.lora_lr, "weight_decay": spec.weight_decay})
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
