@@ -123,7 +123,7 @@ LEVERS = (
     Lever("+ truncated to the clip, batch padded to its longest", PaddedPack),
     Lever("+ packed tokens, no padding"),
     Lever("+ bf16", precision="bf16"),
-    Lever("+ dropout by random bits", precision="bf16", own_dropout=True),
+    Lever("+ LoRA layers in one step, dropout by random bits", precision="bf16", own_dropout=True),
     Lever("+ cached prefix (convolutions)", precision="bf16", own_dropout=True, cached_prefix=True),
 )
 

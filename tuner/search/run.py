@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -56,16 +58,18 @@ def run_search(request: SearchRequest, view: View, resume: bool = False) -> dict
     check_fit(request, spec, store)
     record = open_record(request, spec, store, resume)
     try:
-        with connected(request.address, request.dashboard) as dashboard_url:
+        # The report is drawn while lanes and Ray end: leaving `background` waits for it.
+        with ThreadPoolExecutor(1) as background, connected(request.address, request.dashboard) as dashboard_url:
             size = _size(request, resume)
             view.start(_header(request, dashboard_url))
             if note := path_note(spec):
                 view.message(note)
             with closing(Journal(request.run_dir)) as journal:
-                front = _Search(request, record, journal, view, spec, store, size).run()
+                search = _Search(request, record, journal, view, spec, store, size)
+                front, report = search.run(background)
+        report.result()
     finally:
         view.close()
-    write_report(request.run_dir)
     return front
 
 
@@ -107,8 +111,8 @@ class _Search:
         self.request, self.record, self.journal, self.view = request, record, journal, view
         self.spec, self.text_dim, self.size = spec, store.text_dim, size
 
-    def run(self) -> dict[str, Any]:
-        """Lanes load while the study's database is opened; then trials, then the front."""
+    def run(self, background: Executor) -> tuple[dict[str, Any], Future[Path]]:
+        """Lanes load while the study's database is opened; then trials, then the front, then the report behind it."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         request = self.request
         with fleet(
@@ -122,7 +126,9 @@ class _Search:
         ) as lanes:
             study = self._open_study()
             self._tune(study, lanes)
-            return self._confirm(study, lanes)
+            front = self._confirm(study, lanes)
+            self.journal.write_parquet()
+            return front, background.submit(write_report, request.run_dir)
 
     def _open_study(self) -> optuna.Study:
         study = optuna.create_study(
