@@ -7,27 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import Tiny, write_encoder
-from test_cli import Finished, Terminal, terminal  # noqa: F401
-from test_families import qwen2_audio
-from trained_adapter import Trained, train_and_export
-
-from tuner.config import LoraSpec, TrialConfig
-
-
-@pytest.fixture(scope="module")
-def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    config = TrialConfig(lora=LoraSpec(rank=2, targets=("q_proj", "v_proj")))
-    return train_and_export(tiny, config, tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("qwen2-audio")
-    torch.manual_seed(0)
-    qwen2_audio().save_pretrained(folder)
-    return folder
+from test_cli import Finished, Terminal, terminal, trained  # noqa: F401
+from test_diagnose import qwen  # noqa: F401
+from trained_adapter import Trained
 
 
 def steps(finished: Finished) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class CachedPrefix:
         """
         lengths = self.rows_N[clips].tolist()
         packing = self.encoder.packing(lengths, self.depth)
-        rows = np.zeros((packing.tokens, self._row_bytes), dtype=np.uint8)
+        rows = np.empty((packing.tokens, self._row_bytes), dtype=np.uint8)
         own = np.split(rows, np.cumsum(lengths))[:-1]
         for clip, clip_rows in zip(clips, own, strict=True):
             if os.preadv(self._file, [clip_rows.data], int(self._start_N[clip])) != clip_rows.nbytes:
