@@ -51,8 +51,8 @@ def read_study(run_dir: Path) -> dict[str, Any]:
     return values
 
 
-class Journal:
-    """Append-only record of trials, epochs and ends."""
+class History:
+    """Trials, epochs and ends as the journal has them so far; reading changes nothing, also while a search writes."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -68,29 +68,6 @@ class Journal:
             except json.JSONDecodeError:
                 # The line that was being written when the driver was killed; its epoch is reported again.
                 continue
-        self._file = path.open("a", encoding="utf-8")
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")
-
-    def trial(self, trial: str, origin: str, config: Row) -> None:
-        """A trial has been given its configuration."""
-        self._write({"event": "trial", "trial": trial, "origin": origin, "config": config})
-
-    def epoch(self, trial: str, row: Row) -> bool:
-        """An epoch has been reported. False when it was known already."""
-        known = (trial, int(row["epoch"])) in self._epochs
-        if not known:
-            self._write({"event": "epoch", "trial": trial, "row": row})
-        return not known
-
-    def end(self, trial: str, state: str, reason: str | None = None) -> None:
-        """A trial has ended as `complete`, `stopped` or `failed`."""
-        self._write({"event": "end", "trial": trial, "state": state, "reason": reason})
-
-    def settle(self, trial: str, state: str) -> None:
-        """The study knows how a trial ended; note it if the driver was killed before it could."""
-        if self._trials.get(trial, {}).get("state") == "running":
-            self.end(trial, state)
 
     def rows(self) -> list[Row]:
         """A row per trial and epoch, in order; a trial without an epoch has one row without metrics."""
@@ -115,6 +92,48 @@ class Journal:
                 events.append({"event": "end", "trial": trial, "state": facts["state"], "reason": facts["reason"]})
         return events
 
+    def _apply(self, event: Row) -> None:
+        trial = event["trial"]
+        if event["event"] == "trial":
+            self._configs[trial] = event["config"]
+            facts = {"origin": event["origin"], "state": "running", "reason": None}
+            self._trials[trial] = facts | flat_config(TrialConfig.model_validate(event["config"]))
+        elif event["event"] == "epoch":
+            self._epochs[trial, int(event["row"]["epoch"])] = event["row"]
+        else:
+            self._trials[trial] |= {"state": event["state"], "reason": event["reason"]}
+
+
+class Journal(History):
+    """Append-only record of trials, epochs and ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir)
+        path = run_dir / JOURNAL_FILE
+        self._file = path.open("a", encoding="utf-8")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")
+
+    def trial(self, trial: str, origin: str, config: Row) -> None:
+        """A trial has been given its configuration."""
+        self._write({"event": "trial", "trial": trial, "origin": origin, "config": config})
+
+    def epoch(self, trial: str, row: Row) -> bool:
+        """An epoch has been reported. False when it was known already."""
+        known = (trial, int(row["epoch"])) in self._epochs
+        if not known:
+            self._write({"event": "epoch", "trial": trial, "row": row})
+        return not known
+
+    def end(self, trial: str, state: str, reason: str | None = None) -> None:
+        """A trial has ended as `complete`, `stopped` or `failed`."""
+        self._write({"event": "end", "trial": trial, "state": state, "reason": reason})
+
+    def settle(self, trial: str, state: str) -> None:
+        """The study knows how a trial ended; note it if the driver was killed before it could."""
+        if self._trials.get(trial, {}).get("state") == "running":
+            self.end(trial, state)
+
     def write_parquet(self) -> None:
         """Write `trials.parquet` from everything seen so far."""
         rows = self.rows()
@@ -135,17 +154,6 @@ class Journal:
         self._apply(event)
         self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
         self._file.flush()
-
-    def _apply(self, event: Row) -> None:
-        trial = event["trial"]
-        if event["event"] == "trial":
-            self._configs[trial] = event["config"]
-            facts = {"origin": event["origin"], "state": "running", "reason": None}
-            self._trials[trial] = facts | flat_config(TrialConfig.model_validate(event["config"]))
-        elif event["event"] == "epoch":
-            self._epochs[trial, int(event["row"]["epoch"])] = event["row"]
-        else:
-            self._trials[trial] |= {"state": event["state"], "reason": event["reason"]}
 
 
 def flat_config(config: TrialConfig) -> Row:
