@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
-import optuna
 import optuna_dashboard
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from conftest import Tiny
 from optuna.trial import TrialState
+from searches import STUDY, Ended, Runs, epochs_of
 
 from tuner import cli
 from tuner.config import TrialConfig
@@ -38,135 +33,6 @@ pytestmark = pytest.mark.timeout(600)
 
 TRIALS = 4
 LONG = 20  # epochs of a trial that is to be caught in the middle
-STUDY = "study"
-PATIENCE = 180.0  # seconds for anything that a search does, on a busy machine
-# Prints what a driver has imported, after the command has ended as it would.
-SCRIPT = """
-import json, sys
-from tuner.cli import main
-try:
-    main()
-finally:
-    heavy = [name for name in ("torch", "transformers", "peft") if name in sys.modules]
-    print(json.dumps({"imported": heavy}), file=sys.stderr)
-"""
-
-
-@dataclass
-class Runs:
-    """A folder of studies, with a cache of its own, and drivers started on it one after another."""
-
-    folder: Path
-    tiny: Tiny
-
-    @property
-    def study(self) -> Path:
-        return self.folder / "runs" / STUDY
-
-    def new(self, *options: object) -> list[object]:
-        """Arguments of a new study."""
-        data = ["--data", self.tiny.store_folder, "--batch-size", 12, "--precision", "fp32"]
-        return [*data, "--objective", "recall@1", "--objective", "trainable_parameters", "--study", STUDY, *options]
-
-    @contextmanager
-    def driver(self, *options: object) -> Iterator[Driver]:
-        """A search in a process group of its own; whatever is left of it at the end is killed."""
-        command = [sys.executable, "-c", SCRIPT, "search", "--runs", "runs", "--no-dashboard", *map(str, options)]
-        environment = {**os.environ, "TUNER_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        driver = Driver(process, self.study)
-        try:
-            yield driver
-        finally:
-            driver.kill()
-
-    def finish(self, *options: object) -> Ended:
-        """Run a search to its end."""
-        with self.driver(*options) as driver:
-            ended = driver.wait()
-        assert ended.code == 0, ended
-        return ended
-
-    def journal(self) -> list[dict[str, Any]]:
-        return read_journal(self.study)
-
-    def trials(self) -> list[optuna.trial.FrozenTrial]:
-        """The study's trials, read as any Optuna program would."""
-        study = optuna.load_study(study_name=STUDY, storage=f"sqlite:///{self.study / 'study.db'}")
-        return study.trials
-
-    def front(self) -> dict[str, Any]:
-        front: dict[str, Any] = json.loads((self.study / "front.json").read_text())
-        return front
-
-    def states(self) -> dict[str, str]:
-        """How each trial ended according to `trials.parquet`."""
-        rows = pq.read_table(self.study / "trials.parquet").to_pylist()
-        return {row["trial"]: row["state"] for row in rows}
-
-
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
-
-
-@dataclass
-class Driver:
-    """A running `tuner search`."""
-
-    process: subprocess.Popen[str]
-    study: Path
-
-    def wait(self) -> Ended:
-        out, err = self.process.communicate(timeout=PATIENCE)
-        return Ended(self.process.returncode, out, err)
-
-    def until(self, reached: Callable[[list[tuple[str, int]]], bool]) -> list[tuple[str, int]]:
-        """Wait until the (trial, epoch) pairs in the journal satisfy `reached`; returns them."""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and self.process.poll() is None:
-            epochs = epochs_of(read_journal(self.study))
-            if reached(epochs):
-                return epochs
-            time.sleep(0.05)
-        raise AssertionError(f"the search did not get there: {self.process.poll()}, {read_journal(self.study)[-3:]}")
-
-    def descendants(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-
-    def kill(self) -> None:
-        """SIGKILL, like a power cut for the driver and Ray's daemons; its workers notice and end."""
-        below = self.descendants()
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate()
-        _, left = psutil.wait_procs(below, timeout=30)
-        for process in left:
-            process.kill()
-
-
-def read_journal(study: Path) -> list[dict[str, Any]]:
-    """Whole lines only: a driver may be writing one now."""
-    path = study / "journal.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
-
-
-def epochs_of(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return [(event["trial"], event["row"]["epoch"]) for event in events if event["event"] == "epoch"]
 
 
 def settings_of(runs: Runs) -> list[dict[str, Any]]:
