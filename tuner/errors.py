@@ -5,11 +5,19 @@ Every error a user can cause derives from `TunerError`; the command line prints 
 but their message, so they survive pickling between Ray processes.
 """
 
+from tuner.redact import redact
+
 
 class TunerError(Exception):
-    """Base of all errors a user can cause and mend. The message names the file, field or row and what to do."""
+    """Base of all errors a user can cause and mend. The message names the file, field or row and what to do.
+
+    It holds no password, key or token, whatever the option or the library's exception held that it quotes.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class ConfigError(TunerError):
@@ -40,5 +48,14 @@ class StudyError(TunerError):
     """A study exists already, is unknown, or was started with other settings."""
 
 
+class StorageError(TunerError):
+    """The place of runs and checkpoints cannot be reached, is full, or refuses access."""
+
+
 class TrialFailed(TunerError):
     """One trial ended without a result (NaN loss, out of memory); the search goes on."""
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error: a reason that fits into a table. CUDA's out-of-memory says there what it is."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
