@@ -58,4 +58,4 @@ class TrialFailed(TunerError):
 
 def first_line(error: BaseException) -> str:
     """Type and first line of an error: a reason that fits into a table. CUDA's out-of-memory says there what it is."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return redact(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
