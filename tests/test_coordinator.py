@@ -9,16 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from tuner.lanes import coordinator as module
-from tuner.lanes.coordinator import (
-    DEATHS_PER_TRIAL,
-    LEASE_SECONDS,
-    STARTS_PER_LANE,
-    Confirmation,
-    Coordinator,
-    Orders,
-    Row,
-    Update,
-)
+from tuner.lanes.coordinator import LEASE_SECONDS, Coordinator
+from tuner.lanes.deaths import DEATHS_PER_TRIAL, STARTS_PER_LANE
+from tuner.lanes.messages import Confirmation, Muster, Orders, Row, Update
 
 CONFIG: Row = {"seed": 0}
 PLAN: Row = {"trials": [["t0", "space", CONFIG]], "baseline": None}
@@ -360,7 +353,7 @@ def test_a_resumed_study_keeps_its_number_format() -> None:
 
 
 def test_a_coordinator_that_was_started_again_recovers_from_trials_and_lanes() -> None:
-    """It knows nothing: the lane is told to drop what it holds, the trial submits again and is given to the lane."""
+    """It knows nothing: the trial submits again, the lane registers, drops what it holds and is given the trial."""
 
     async def scenario(coordinator: Coordinator) -> None:
         assert await coordinator.next("t0", 17, 0, LONG) == Update("unknown")
@@ -368,6 +361,8 @@ def test_a_coordinator_that_was_started_again_recovers_from_trials_and_lanes() -
         await coordinator.fail("lane", "t0", "unheard")
         await coordinator.cancel("t0", 17)
         lease = await coordinator.submit("t0", CONFIG)
+        assert await coordinator.poll("lane", ["t0"], 1, LONG) == Orders(register=True)
+        await coordinator.register("lane", "attempt", "fp32")
         assert await coordinator.poll("lane", ["t0"], 1, 0) == Orders(new=(("t0", CONFIG),), drop=("t0",))
         await coordinator.report("lane", "t0", rows(1))
         assert (await coordinator.next("t0", lease, 0, 0)).row == rows(1)[0]
@@ -395,5 +390,63 @@ def test_a_lease_expires_when_nobody_asks_for_its_epochs(clock: SimpleNamespace)
         clock.now += 2
         assert await coordinator.poll("lane", ["asked", "forgotten"], 2, 0) == Orders(drop=("forgotten",))
         assert await coordinator.next("forgotten", forgotten, 0, 0) == Update("unknown")
+
+    drive(scenario)
+
+
+def test_idle_lanes_end_when_the_study_needs_fewer() -> None:
+    """One after the other, until as many are left as are needed; not one that has work, or that could have some."""
+
+    async def scenario(coordinator: Coordinator) -> None:
+        for lane in ("a", "b", "c"):
+            await coordinator.register(lane, lane, "fp32")
+        await coordinator.submit("t0", CONFIG)
+        assert await new_of(coordinator, "a", []) == ["t0"]
+        await coordinator.need(2)
+        await coordinator.submit("t1", CONFIG)
+        assert await new_of(coordinator, "b", []) == ["t1"], "a trial that waits is trained"
+        assert (await coordinator.poll("c", [], 1, 0)).stop
+        assert (await coordinator.poll("c", [], 1, 0)).stop, "a call that is retried gets the same answer"
+        await coordinator.need(0)
+        assert not (await coordinator.poll("a", ["t0"], 1, 0)).stop
+        assert (await coordinator.muster()).up == ("a", "b", "c")
+
+    drive(scenario)
+
+
+def test_one_lane_stays_for_the_front() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        for lane in ("a", "b"):
+            await coordinator.register(lane, lane, "fp32")
+        waiting = asyncio.create_task(coordinator.poll("a", [], 1, LONG))
+        await asyncio.sleep(0)
+        await coordinator.need(0)
+        assert (await asyncio.wait_for(waiting, SOON)).stop
+        assert not (await coordinator.poll("b", [], 1, 0)).stop
+        assert await coordinator.confirm(PLAN, 0) == Confirmation()
+        assert (await coordinator.poll("b", [], 1, 0)).confirm == PLAN
+
+    drive(scenario)
+
+
+def test_a_lane_that_trains_a_requeued_trial_is_not_sent_away() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        for lane in ("a", "b"):
+            await coordinator.register(lane, lane, "fp32")
+        await coordinator.submit("t0", CONFIG)
+        assert await new_of(coordinator, "a", []) == ["t0"]
+        await coordinator.need(1)
+        await coordinator.register("a", "second", "fp32")
+        assert await new_of(coordinator, "b", []) == ["t0"]
+        assert (await coordinator.poll("a", [], 1, 0)).stop
+
+    drive(scenario)
+
+
+def test_what_lanes_notice_is_kept_for_the_user() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        await coordinator.register("a", "first", "fp32")
+        await coordinator.note("a", "no driver")
+        assert await coordinator.muster() == Muster(("a",), ("a: no driver",))
 
     drive(scenario)

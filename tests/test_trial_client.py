@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tuner.lanes import trial as module
-from tuner.lanes.coordinator import Coordinator, Orders, Row
+from tuner.lanes.coordinator import Coordinator
+from tuner.lanes.messages import Orders, Row
 from tuner.lanes.trial import TrialClient
 
 EPOCHS = 2
@@ -155,6 +156,8 @@ def test_a_trial_whose_lease_is_unknown_asks_again(bench: Bench, monkeypatch: py
     client._coordinator = bench.actor
 
     def after() -> None:
+        assert bench.poll([]) == Orders(register=True)
+        bench.actor.register.remote("lane", "attempt", "fp32")
         assert [trial for trial, _ in bench.poll([]).new] == ["t0"]
         bench.report("t0", 2)
 

@@ -2,56 +2,24 @@
 
 A trial submits its configuration, receives a lease and then waits for its epochs one by one. A lane polls for work,
 reports epochs and is told what to drop. Nothing here must survive: a trial that finds its lease unknown submits again,
-a lane that holds an unknown adapter drops it, and training goes on from the checkpoint on disk.
+a lane that finds itself unknown registers again, with the number format that was agreed, and drops adapters that are
+unknown; training goes on from the checkpoint on disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
-Row = dict[str, Any]
+from tuner.lanes.deaths import Deaths, Nodes
+from tuner.lanes.messages import Confirmation, Muster, Orders, Row, Update
 
 # A trial that has not asked for its next epoch for so long is gone (its actor died for good, or its driver did).
 LEASE_SECONDS = 120.0
-# A trial whose lane dies this often without finishing an epoch is what kills the lane.
-DEATHS_PER_TRIAL = 3
-# A lane that starts this often without finishing an epoch will not work the next time either.
-STARTS_PER_LANE = 4
-
-
-@dataclass(frozen=True)
-class Update:
-    """Answer to a waiting trial: `epoch` with its row, `failed` with a reason, `wait`, or `unknown` lease.
-
-    `fatal` says that no trial can be trained, and is no fault of this one: a resumed study trains it again.
-    """
-
-    kind: Literal["epoch", "failed", "fatal", "wait", "unknown"]
-    row: Row | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """Answer to the driver that waits for its front: the points, or why there are none; both None: not yet."""
-
-    points: list[Row] | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Orders:
-    """Answer to a polling lane: adapters to take up (trial, configuration), adapters to drop, a front to confirm, or
-    stop."""
-
-    new: tuple[tuple[str, Row], ...] = ()
-    drop: tuple[str, ...] = ()
-    confirm: Row | None = None
-    stop: bool = False
 
 
 @dataclass
@@ -62,7 +30,6 @@ class _Job:
     lane: str | None = None
     rows: list[Row] = field(default_factory=list)
     reason: str | None = None
-    deaths: int = 0
 
     @property
     def open(self) -> bool:
@@ -71,8 +38,12 @@ class _Job:
 
 @dataclass
 class _Lane:
-    starts: int = 0
-    attempt: str = ""
+    attempt: str = ""  # of the workers that are there; empty when there are none
+    nodes: Nodes = frozenset()
+    alone: str | None = None
+    words: str | None = None  # the last that its workers said
+    retired: bool = False
+    dismissed: bool = False
 
 
 class Coordinator:
@@ -81,7 +52,9 @@ class Coordinator:
     def __init__(self, precision: str | None = None) -> None:
         self._jobs: dict[str, _Job] = {}
         self._lanes: dict[str, _Lane] = {}
-        self._leases = itertools.count(1)
+        # A coordinator that was started again must not repeat the leases of the one before.
+        self._leases = itertools.count(secrets.randbits(62))
+        self._deaths = Deaths()
         self._changed = asyncio.Condition()
         self._stop = False
         self._fatal: str | None = None
@@ -89,6 +62,8 @@ class Coordinator:
         self._plan: Row | None = None
         self._planned_lane: str | None = None
         self._confirmation = Confirmation()
+        self._needed: int | None = None
+        self._notes: list[str] = []
 
     # What a trial calls
 
@@ -98,6 +73,7 @@ class Coordinator:
             job = self._jobs.get(trial)
             if job is None or job.config != config or not job.open:
                 job = self._jobs[trial] = _Job(config, 0, 0.0)
+                self._deaths.forget_trial(trial)
             job.lease, job.seen = next(self._leases), time.monotonic()
             self._changed.notify_all()
             return job.lease
@@ -130,15 +106,24 @@ class Coordinator:
 
     # What a lane calls
 
-    async def register(self, lane: str, attempt: str, precision: str) -> str:
-        """A lane process has started (again). Returns the precision all lanes of the study use: the first one's."""
+    async def register(
+        self, lane: str, attempt: str, precision: str, nodes: Iterable[str] = (), alive: Iterable[str] | None = None
+    ) -> str:
+        """The workers of a lane have started, or the coordinator has. Returns the number format that all lanes of the
+        study use: the first one's.
+
+        Args:
+            attempt: one name for each start of the workers.
+            precision: the format that the lane would take, or has taken.
+            nodes: ids of the nodes that its workers are on.
+            alive: ids of all nodes of the cluster; None where they do not come and go.
+        """
         async with self._changed:
+            self._deaths.see_nodes(alive)
             known = self._lanes.setdefault(lane, _Lane())
-            if known.attempt != attempt:
-                known.starts, known.attempt = known.starts + 1, attempt
-                self._requeue(lane)
-            if known.starts > STARTS_PER_LANE:
-                self._fatal = f"lane {lane} died {known.starts - 1} times in a row; its log tells why"
+            if known.attempt not in ("", attempt):
+                self._bury(lane, known)
+            known.attempt, known.nodes = attempt, frozenset(nodes)
             self._precision = self._precision or precision
             self._changed.notify_all()
             return self._precision
@@ -149,24 +134,44 @@ class Coordinator:
         async with self._changed:
             while True:
                 self._expire()
-                if self._stop or self._fatal:
+                known = self._lanes.get(lane)
+                if self._stop or self._fatal or (known and known.retired):
                     return Orders(stop=True)
+                if known is None:
+                    return Orders(register=True)
                 if self._takes_plan(lane):
                     return Orders(confirm=self._plan)
+                if self._dismisses(lane, held):
+                    return Orders(stop=True)
                 drop = tuple(trial for trial in held if not self._belongs(trial, lane))
                 kept = len(held) - len(drop)
                 new = tuple((trial, job.config) for trial, job in self._assign(lane, held, capacity - kept))
+                known.alone = self._deaths.suspect([*(t for t in held if t not in drop), *(t for t, _ in new)])
                 if new or drop or not await self._wait(deadline):
-                    return Orders(new=new, drop=drop)
+                    return Orders(new=new, drop=drop, alone=known.alone)
 
     async def report(self, lane: str, trial: str, history: list[Row]) -> None:
         """All epochs of a trial so far, as its checkpoint has them: a resumed trial reports its past again."""
         async with self._changed:
-            self._lanes.setdefault(lane, _Lane()).starts = 0
+            self._deaths.forget_lane(lane)
             job = self._jobs.get(trial)
             if job is not None and job.lane == lane and len(history) > len(job.rows):
-                job.rows, job.deaths = list(history), 0
+                job.rows = list(history)
+                self._deaths.forget_trial(trial)
                 self._changed.notify_all()
+
+    async def leave(self, lane: str) -> None:
+        """The lane's node is about to go: other lanes may take its trials at once, and nobody is to blame."""
+        async with self._changed:
+            self._release(lane)
+            if lane in self._lanes:
+                self._lanes[lane].attempt = ""
+            self._changed.notify_all()
+
+    async def last_words(self, lane: str, text: str) -> None:
+        """What the lane's worker is about to die of, as far as it knows."""
+        if lane in self._lanes:
+            self._lanes[lane].words = text
 
     async def fail(self, lane: str, trial: str, reason: str) -> None:
         """This trial cannot go on; the others can."""
@@ -179,9 +184,13 @@ class Coordinator:
     async def confirmed(self, lane: str, points: list[Row] | None, reason: str | None) -> None:
         """The front's points, measured from their files, or why this cannot be done."""
         async with self._changed:
-            self._lanes.setdefault(lane, _Lane()).starts = 0
+            self._deaths.forget_lane(lane)
             self._plan, self._confirmation = None, Confirmation(points, reason)
             self._changed.notify_all()
+
+    async def note(self, lane: str, text: str) -> None:
+        """Something of this lane that the user should know, and that stops nothing."""
+        self._notes.append(f"{lane}: {text}")
 
     async def fatal(self, reason: str) -> None:
         """No trial of this study can be trained (encoder cannot be loaded, say)."""
@@ -209,6 +218,16 @@ class Coordinator:
                     self._changed.notify_all()
                 if not await self._wait(deadline):
                     return Confirmation()
+
+    async def need(self, lanes: int) -> None:
+        """From now on the study has work for so many lanes (one at least, for its front): others that idle may end."""
+        async with self._changed:
+            self._needed = max(1, lanes)
+            self._changed.notify_all()
+
+    async def muster(self) -> Muster:
+        """Which lanes are up, and what they have to say."""
+        return Muster(tuple(name for name, lane in self._lanes.items() if lane.attempt), tuple(self._notes))
 
     async def stop(self) -> None:
         """Lanes end at their next poll."""
@@ -240,15 +259,37 @@ class Coordinator:
         self._planned_lane = lane
         return True
 
-    def _requeue(self, lane: str) -> None:
+    def _dismisses(self, lane: str, held: list[str]) -> bool:
+        """Whether this lane ends now, so that its machine can go: it idles, and the study needs fewer lanes."""
+        asking = self._lanes.get(lane, _Lane())
+        if not asking.dismissed and not held and self._needed is not None:
+            staying = sum(bool(known.attempt) and not known.dismissed for known in self._lanes.values())
+            idle = not any(job.open and job.lane in (lane, None) for job in self._jobs.values())
+            asking.dismissed = idle and staying > self._needed
+        return asking.dismissed
+
+    def _held(self, lane: str) -> list[str]:
+        return [trial for trial, job in self._jobs.items() if job.lane == lane and job.open]
+
+    def _release(self, lane: str) -> None:
+        """Everything that the lane had goes back into the queue."""
         if self._planned_lane == lane:
             self._planned_lane = None
-        for job in self._jobs.values():
-            if job.lane == lane and job.open:
-                job.lane = None
-                job.deaths += 1
-                if job.deaths >= DEATHS_PER_TRIAL:
-                    job.reason = f"the lane's worker died {job.deaths} times while training it (out of memory?)"
+        for trial in self._held(lane):
+            self._jobs[trial].lane = None
+
+    def _bury(self, lane: str, known: _Lane) -> None:
+        """The lane's workers have died: give their work to whoever asks next, and end what they died of."""
+        verdict = self._deaths.died(lane, known.nodes, self._held(lane), known.alone, known.words)
+        self._release(lane)
+        known.alone = known.words = None
+        for trial, reason in verdict.trials.items():
+            self._jobs[trial].reason = reason
+        if verdict.lane:
+            known.retired = True
+            self._notes.append(verdict.lane)
+            if all(other.retired or other.dismissed for other in self._lanes.values()):
+                self._fatal = self._fatal or verdict.lane
 
     def _expire(self) -> None:
         limit = time.monotonic() - LEASE_SECONDS

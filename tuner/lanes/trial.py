@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from tuner.lanes.coordinator import Update
+from tuner.lanes.messages import Update
 
 WAIT_SECONDS = 10.0
 
@@ -26,6 +26,10 @@ class TrialClient(tune.Trainable):
         self._lease: int | None = None
         self._cursor = 0
         self._coordinator = ray.get_actor(config["coordinator"])
+
+    def __repr__(self) -> str:
+        """How Ray's dashboard shows the actor; not by its trial, which changes while the actor stays."""
+        return str(self.config["coordinator"]).replace("tuner-coordinator:", "tuner-trial-client:")
 
     def step(self) -> dict[str, Any]:
         """Wait for the next epoch and return its row, or `failed` with the reason when the lane gave the trial up.

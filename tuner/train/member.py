@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class Member:
         encoder = lora_adapter.on_path(encoder, config.lora)
         self.trial, self.config, self.encoder = trial, config, encoder
         self.epoch = 0
+        # Of the epoch that is under way.
+        self.steps, self.seconds = 0, 0.0
+        self.losses: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
         self.warning: str | None = None  # of modules that the embedding does not depend on
         self.device = encoder.device
@@ -89,6 +93,11 @@ class Member:
             module.train(training)
         self.head.train(training)
 
+    def finish_epoch(self) -> None:
+        """All steps of an epoch are done."""
+        self.epoch += 1
+        self.steps, self.seconds, self.losses = 0, 0.0, []
+
     def step(self) -> None:
         """Clip this member's gradients by their own global norm, update, and advance its schedule."""
         parameters = self.shared_parameters() + self._loss_parameters()
@@ -111,6 +120,7 @@ class Member:
             "trial": self.trial,
             "config": self.config.model_dump(mode="json"),
             "epoch": self.epoch,
+            "within_epoch": {"steps": self.steps, "seconds": self.seconds, "losses": [x.cpu() for x in self.losses]},
             "history": self.history,
             "lora": [parameter.detach().cpu() for parameter in self.lora_parameters],
             "head": self.head.state_dict(),
@@ -124,8 +134,15 @@ class Member:
         """Go on from `state`.
 
         Raises:
-            StudyError: the checkpoint is of another configuration.
+            StudyError: the checkpoint is of another configuration, or its tensors are not those of this adapter.
         """
+        try:
+            self._restore(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise StudyError(f"checkpoint of {self.trial}: damaged ({reason}); remove it to start over") from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         # Compared as configurations: a field that is newer than the checkpoint has its default there.
         config = TrialConfig.parse(state["config"], f"checkpoint of {self.trial}")
         if state["format"] != CHECKPOINT_FORMAT or config != self.config:
@@ -141,13 +158,22 @@ class Member:
         self.scheduler.last_epoch = state["scheduler"]
         self._random = state["random"]
         self.epoch, self.history = state["epoch"], list(state["history"])
+        # Older checkpoints were made at the end of an epoch alone.
+        within = state.get("within_epoch", {"steps": 0, "seconds": 0.0, "losses": []})
+        self.steps, self.seconds = within["steps"], within["seconds"]
+        self.losses = [loss.to(self.device) for loss in within["losses"]]
 
     def save(self, path: Path) -> None:
         """Write a checkpoint under a temporary name and rename it: a killed worker leaves the last one whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".tmp")
-        torch.save(self.state(), staged)
-        staged.replace(path)
+        try:
+            torch.save(self.state(), staged)
+            staged.replace(path)
+        except BaseException:
+            # Half a file would take the space that is missing.
+            staged.unlink(missing_ok=True)
+            raise
 
 
 def checkpoint_path(run_dir: Path, trial: str) -> Path:
@@ -156,8 +182,18 @@ def checkpoint_path(run_dir: Path, trial: str) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint written by `Member.save`; tensors and plain values only, nothing is executed."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """Read a checkpoint written by `Member.save`; tensors and plain values only, nothing is executed.
+
+    Raises:
+        StudyError: the file is cut off, no checkpoint, or holds what would have to be executed.
+    """
+    try:
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
+    # What torch makes of a damaged file depends on where the damage is.
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        state = None
+    if not isinstance(state, dict):
+        raise StudyError(f"{path}: not a checkpoint of tensors and plain values; remove it to train the trial anew")
     return state
 
 
