@@ -1,4 +1,4 @@
-"""`tuner cluster`: what is wrong with a cluster file, before `ray up` or `kubectl apply` spends money on it."""
+"""`tuner cluster`: what is wrong with a cluster file, before it spends money; what Prometheus and Grafana read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Check files that bring up a cluster.", no_args_is_help=True)
+app = typer.Typer(help="Check files that bring up a cluster; monitor one.", no_args_is_help=True)
 
-
-@app.callback()
-def cluster() -> None:
-    """Keep `check` a command of its own."""
+RayTemp = Annotated[Path, typer.Option(help="--temp-dir of `ray start`")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="on loopback")]
 
 
 @app.command()
@@ -32,3 +30,22 @@ def check(
         typer.echo(f"{file}: {mistake}")
     count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
     raise ConfigError(f"{file}: {count}, listed above; mend the file and check it again")
+
+
+@app.command()
+def monitoring(
+    folder: Annotated[Path, typer.Argument(help="folder for the files; on the cluster's head")],
+    ray_temp: RayTemp = Path("/tmp/ray"),
+    prometheus_port: Port = 9090,
+    grafana_port: Port = 3000,
+) -> None:
+    """Write the files with which Prometheus and Grafana show this machine's cluster, and say how to start both."""
+    from tuner.service.monitoring import GRAFANA_FILE, LOOPBACK, PROMETHEUS_FILE, write_monitoring
+
+    write_monitoring(folder, ray_temp, prometheus_port, grafana_port)
+    where = folder.absolute()
+    typer.echo(
+        f"prometheus --config.file={where / PROMETHEUS_FILE} --storage.tsdb.path={where / 'prometheus'} "
+        f"--web.listen-address={LOOPBACK}:{prometheus_port}"
+    )
+    typer.echo(f"grafana server --homepath /usr/share/grafana --config {where / GRAFANA_FILE}")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -72,8 +73,10 @@ class CachedPrefix:
     Rows are read, not mapped: mapped pages would count as memory of every worker, and a lost file would kill it.
     """
 
-    def __init__(self, folder: Path, depth: int, encoder: AudioEncoder, store: Store) -> None:
+    def __init__(self, folder: Path, depth: int, encoder: AudioEncoder, store: Store, made: bool = False) -> None:
         self.depth, self.encoder, self.store = depth, encoder, store
+        self.made = made  # by this process, rather than found
+        self.read_clips = self.read_bytes = 0
         self.rows_N = row_lengths(encoder, store, depth)
         self._row_bytes = encoder.spec.width(depth) * encoder.dtype.itemsize
         self._start_N = np.concatenate([[0], np.cumsum(self.rows_N)]) * self._row_bytes
@@ -90,12 +93,41 @@ class CachedPrefix:
         lengths = self.rows_N[clips].tolist()
         packing = self.encoder.packing(lengths, self.depth)
         rows = np.empty((packing.tokens, self._row_bytes), dtype=np.uint8)
+        self.read_clips, self.read_bytes = self.read_clips + len(clips), self.read_bytes + rows.nbytes
         own = np.split(rows, np.cumsum(lengths))[:-1]
         for clip, clip_rows in zip(clips, own, strict=True):
             if os.preadv(self._file, [clip_rows.data], int(self._start_N[clip])) != clip_rows.nbytes:
                 raise DataError(f"{self._path}: shorter than it was; remove its folder, the next run makes it anew")
         states_ND = torch.from_numpy(rows).view(self.encoder.dtype).to(self.encoder.device, non_blocking=True)
         return Hidden(states_ND, packing, frame_counts(self.store, clips))
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return int(self._start_N[-1])
+
+
+@dataclass(frozen=True)
+class PrefixUse:
+    """What a pack has had of its prefix caches since it was made."""
+
+    files: int = 0  # in use
+    made: int = 0  # of these, computed by this process
+    file_bytes: int = 0
+    read_clips: int = 0
+    read_bytes: int = 0
+
+
+def prefix_use(prefixes: Iterable[Prefix]) -> PrefixUse:
+    """The sum over those of them that are files."""
+    cached = [prefix for prefix in prefixes if isinstance(prefix, CachedPrefix)]
+    return PrefixUse(
+        files=len(cached),
+        made=sum(prefix.made for prefix in cached),
+        file_bytes=sum(prefix.file_bytes for prefix in cached),
+        read_clips=sum(prefix.read_clips for prefix in cached),
+        read_bytes=sum(prefix.read_bytes for prefix in cached),
+    )
 
 
 def frame_counts(store: FeatureSource, clips: NDArray[np.int64]) -> Tensor:
@@ -127,7 +159,8 @@ def open_prefix(
     manifest = folder / "complete.json"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{name}.lock"):
-        if not manifest.exists():
+        made = not manifest.exists()
+        if made:
             folder.mkdir(exist_ok=True)
             try:
                 # A store of its own: the features are read once, and their mapped pages go with it.
@@ -141,7 +174,7 @@ def open_prefix(
                 raise DataError(
                     f"{folder}: cannot be written ({error.strerror}); free disk space or set TUNER_CACHE"
                 ) from error
-    return CachedPrefix(folder, depth, encoder, store)
+    return CachedPrefix(folder, depth, encoder, store, made)
 
 
 def _fill(path: Path, live: LivePrefix, tokens_per_forward: int, progress: Progress | None) -> None:

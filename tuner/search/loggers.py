@@ -1,0 +1,185 @@
+"""`--logger`: trials in TensorBoard, MLflow or Weights & Biases, through Ray's own Tune callbacks.
+
+Those callbacks write what Tune calls a trial: a configuration with our plumbing in it, results with Tune's clock and
+host, files in a folder of Tune's. `ReadableTrials` hands them the trial as a user knows it instead: `t0007`, its
+hyperparameters by their dotted names, the metrics of its epochs, and a folder beside the study's other files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from tuner.config import TrialConfig
+from tuner.errors import ConfigError
+from tuner.records import flat_config
+from tuner.search.callback import ROW_KEYS, ROW_PREFIXES
+
+
+@dataclass(eq=False)
+class LoggedTrial:
+    """The part of `ray.tune.experiment.Trial` that Ray's logger callbacks use."""
+
+    name: str
+    trial_id: str  # W&B takes it for a run's id, unique in its project
+    config: dict[str, Any]
+    experiment_dir_name: str
+    local_path: str
+    checkpoint: None = field(default=None, init=False)
+
+    @property
+    def evaluated_params(self) -> dict[str, Any]:
+        """What TensorBoard shows as hyperparameters."""
+        return self.config
+
+    def init_local_path(self) -> None:
+        """Make the trial's folder."""
+        Path(self.local_path).mkdir(parents=True, exist_ok=True)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class ReadableTrials(tune.Callback):
+    """Passes trials on to one of Ray's logger callbacks, as `LoggedTrial`.
+
+    Args:
+        logger: a `ray.tune.logger.LoggerCallback`, set up already.
+        folder: what it writes for a trial goes into a folder below.
+    """
+
+    def __init__(self, logger: Any, study: str, folder: Path) -> None:
+        self.logger, self.study, self.folder = logger, study, folder
+        self._trials: dict[str, LoggedTrial] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for `Tuner.restore`, which nobody calls; connections cannot be pickled."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Begin a run; a trial that starts again after its actor died goes on with the one it has."""
+        self.logger.log_trial_start(self._logged(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """An epoch with its metrics; a result that only says why a trial failed has none."""
+        row = {key: value for key, value in result.items() if key in ROW_KEYS or key.startswith(ROW_PREFIXES)}
+        if "epoch" in row:
+            # MLflow refuses the @ of recall@10; the callbacks take the iteration for the step of a curve.
+            named = {key.replace("@", "_at_"): value for key, value in row.items()}
+            named["training_iteration"] = row["epoch"]
+            self.logger.log_trial_result(iteration, self._logged(trial), named)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The run ends; our trials fail with a result, not with an exception."""
+        result = trial.last_result or {}
+        self._end(trial, failed=bool(result.get("failed") or result.get("fatal")))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial's own actor died."""
+        self._end(trial, failed=True)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Let uploads finish."""
+        self.logger.on_experiment_end(list(self._trials.values()))
+
+    def _end(self, trial: Any, failed: bool) -> None:
+        self.logger.log_trial_end(self._logged(trial), failed=failed)
+
+    def _logged(self, trial: Any) -> LoggedTrial:
+        name = trial.config["trial"]
+        if name not in self._trials:
+            config = flat_config(TrialConfig.model_validate(trial.config["config"]))
+            known = {key: value for key, value in config.items() if value is not None}
+            self._trials[name] = LoggedTrial(
+                name,
+                f"{self.study}-{name}",
+                {"origin": trial.config["origin"], **known},
+                self.study,
+                str(self.folder / name),
+            )
+            # W&B's process starts in there.
+            self._trials[name].init_local_path()
+        return self._trials[name]
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse a name that no logger has.
+
+    Raises:
+        ConfigError: names the loggers that there are.
+    """
+    for name in names:
+        if name not in MAKERS:
+            raise ConfigError(f"--logger {name}: no such logger; there are {', '.join(MAKERS)}")
+
+
+def make_loggers(names: Sequence[str], run_dir: Path) -> list[ReadableTrials]:
+    """The callbacks of these loggers, each once, set up and ready to write.
+
+    Raises:
+        ConfigError: there is no such logger, its package is not installed, or it cannot be set up.
+    """
+    check_loggers(names)
+    return [_make(name, run_dir) for name in dict.fromkeys(names)]
+
+
+def _make(name: str, run_dir: Path) -> ReadableTrials:
+    folder = run_dir.resolve() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        logger = MAKERS[name](run_dir.name, folder)
+        logger.setup()
+    except ModuleNotFoundError as error:
+        _remove_if_empty(folder)
+        raise ConfigError(
+            f"--logger {name}: {error.name} is not installed; run `pip install 'tuner[{name}]'`"
+        ) from None
+    except (OSError, RuntimeError, ValueError) as error:
+        _remove_if_empty(folder)
+        raise ConfigError(f"--logger {name}: cannot be set up ({' '.join(str(error).split())})") from None
+    return ReadableTrials(logger, run_dir.name, folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """A study that cannot start leaves nothing."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _tensorboard(study: str, folder: Path) -> Any:
+    from ray.tune.logger import TBXLoggerCallback
+
+    return TBXLoggerCallback()  # type: ignore[no-untyped-call]
+
+
+def _mlflow(study: str, folder: Path) -> Any:
+    importlib.import_module("mlflow")  # Ray names no package when it is missing.
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    # Otherwise it tells of its making tables, and its makers of its use.
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    return MLflowLoggerCallback(tracking_uri=place, experiment_name=study)
+
+
+def _wandb(study: str, folder: Path) -> Any:
+    importlib.import_module("wandb")
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    # A worker of a cluster does not see this process's environment.
+    mode: dict[str, Any] = {"mode": os.environ["WANDB_MODE"]} if "WANDB_MODE" in os.environ else {}
+    return WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "tuner"), group=study, **mode)
+
+
+MAKERS: dict[str, Callable[[str, Path], Any]] = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
