@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.job_submission import JobStatus
 
 from tuner import cli
 from tuner.errors import ConfigError, StudyError
 from tuner.report.live import EpochRow, JsonView, StudyHeader
-from tuner.service import jobs
+from tuner.service import follow, jobs
 from tuner.service.events import EventFeed, read_event
 from tuner.service.jobs import Cluster, connect
 
@@ -115,6 +116,9 @@ class Head:
         other = SimpleNamespace(submission_id=None, metadata=None, status=status, start_time=None)
         return [other, SimpleNamespace(submission_id="one", metadata=metadata, status=status, start_time=1000)]
 
+    def get_job_status(self, job_id: str) -> JobStatus:
+        return JobStatus(self.status)
+
     def get_job_logs(self, job_id: str) -> str:
         return "".join(self.log)
 
@@ -137,7 +141,7 @@ class Head:
 
 def test_every_line_comes_once_however_often_the_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks end in the middle of lines, connections break, and each new one tells everything again."""
-    monkeypatch.setattr(jobs, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(follow, "RETRY_SECONDS", 0.0)
     text = "".join(f"line {number}\n" for number in range(20)) + "last, without an end"
     head = Head([text[start : start + 7] for start in range(0, len(text), 7)], [3, 0, 11, None])
     cluster, lines = Cluster(head), list[str]()  # type: ignore[arg-type]
@@ -158,7 +162,7 @@ def test_a_silent_connection_is_asked_after(monkeypatch: pytest.MonkeyPatch) -> 
             self.status = "FAILED"
             yield "tuner: it failed\n"
 
-    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(follow, "QUIET_SECONDS", 0.05)
     cluster, lines = Cluster(Silent(["tuner: it failed\n"], [0, 0])), list[str]()  # type: ignore[arg-type]
     assert cluster.follow(cluster.find("s"), lines.append).state == "FAILED"
     assert lines == ["tuner: it failed"]

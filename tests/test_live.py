@@ -37,7 +37,7 @@ def play(view: View) -> None:
     """Two trials, one of which fails."""
     view.start(HEADER)
     view.trial_started("t0000", "projection_only", "no LoRA", 147_840)
-    view.epoch(row("t0000", 4, 0.412, 147_840))
+    view.epoch(row("t0000", 4, 0.412, 147_840, seconds=2.0))
     view.message("lane 0 restarted")
     view.trial_started("t0001", "recommended", "rank 16, attention", 344_448)
     view.epoch(row("t0001", 1, 0.45, 344_448, loss=float("nan")))
@@ -52,10 +52,11 @@ def test_plain_lines() -> None:
     assert out.getvalue().splitlines() == [
         "study demo, space attention_only: 4 trials of 8 epochs, results in runs/demo",
         "t0000 started, projection only: no LoRA, 147,840 trainable parameters",
-        # 28 epochs of 12 s are left for the one trial that runs.
-        "t0000 epoch 4/8 loss 1.234 recall@10 0.412 [12.0 s] front 1 point, about 6 min left",
+        # Without LoRA an epoch is short, which says nothing of the others.
+        "t0000 epoch 4/8 loss 1.234 recall@10 0.412 [2.0 s] front 1 point, time left unknown",
         "lane 0 restarted",
         "t0001 started, recommended: rank 16, attention, 344,448 trainable parameters",
+        # 27 epochs of 12 s for the two that run.
         "t0001 epoch 1/8 loss nan recall@10 0.450 [12.0 s] front 2 points, about 3 min left",
         "t0001 failed: the loss became NaN lower optim.lora_lr [/bold]",
         "t0000 complete",
@@ -161,6 +162,17 @@ def test_time_left_counts_what_will_not_run_and_what_runs_side_by_side() -> None
     for trial in ("t0001", "t0002", "t0003"):
         state.finished(trial, "complete", None)
     assert state.seconds_left() == 0.0
+
+
+def test_time_left_is_not_reckoned_from_trials_without_lora() -> None:
+    """Its epochs take a tenth of the others': counted in, a search of an hour would have seconds left at its start."""
+    state = progress()
+    for epoch in range(1, HEADER.epochs + 1):
+        state.epoch(row("t0000", epoch, 0.4, 100, seconds=0.5))
+    state.finished("t0000", "complete", None)
+    assert state.seconds_left() is None
+    state.epoch(row("t0001", 1, 0.4, 300, seconds=20.0))
+    assert state.seconds_left() == pytest.approx(20.0 * 23 / 2)
 
 
 def test_a_trial_that_starts_again_keeps_its_epoch() -> None:

@@ -279,7 +279,7 @@ def test_folder_without_a_study(tmp_path: Path) -> None:
 
 
 def test_front_as_svg(finished: Path, tmp_path: Path) -> None:
-    save_front_svg(finished, tmp_path / "front.svg")
+    save_front_svg(read_run(finished), tmp_path / "front.svg")
     root = ElementTree.parse(tmp_path / "front.svg").getroot()
     assert root.tag.endswith("svg") and float(root.attrib["width"]) >= 640
     drawn = "".join(root.itertext())

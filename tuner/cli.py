@@ -8,8 +8,9 @@ from typing import NoReturn
 
 import typer
 
-from tuner.commands import adapters, cluster, diagnose, prepare, search, spaces, studies
+from tuner.commands import adapters, cluster, diagnose, prepare, report, search, spaces, studies
 from tuner.errors import TunerError
+from tuner.redact import printable
 
 app = typer.Typer(
     name="tuner",
@@ -20,7 +21,9 @@ app = typer.Typer(
 )
 app.command()(prepare.prepare)
 app.command()(search.search)
-app.command()(search.report)
+app.command()(report.report)
+app.command()(report.export)
+app.command(hidden=True)(report.send)
 app.command()(studies.studies)
 app.command()(studies.status)
 app.command()(studies.logs)
@@ -50,7 +53,7 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(f"tuner: {message}", file=sys.stderr)  # noqa: T201
+    print(f"tuner: {printable(message)}", file=sys.stderr)  # noqa: T201
     sys.exit(code)
 
 

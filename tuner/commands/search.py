@@ -1,4 +1,4 @@
-"""`tuner search` and `tuner report`."""
+"""`tuner search`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tuner.commands.options import study_folder
 
 if TYPE_CHECKING:
     from tuner.search.study import SearchRequest
@@ -94,7 +96,7 @@ def search(
         raise ConfigError("--dry-run: reckons new studies; leave --resume away")
     options = FleetOptions(lanes, workers, pack)
     if resume is not None:
-        request = resumed_request(_folder(runs, resume), trials)
+        request = resumed_request(study_folder(runs, resume), trials)
     else:
         choice = DataChoice(data, encoder, text_encoder, pad_to_30s)
         values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
@@ -121,26 +123,6 @@ def _run(request: SearchRequest, json: bool, resume: bool) -> None:
         say(f"tuner: interrupted; nothing is lost, go on with `{again}`")
         raise typer.Exit(INTERRUPTED) from None
     say(_summary(front, request))
-
-
-def report(
-    study: Annotated[str, typer.Argument(help="name of the study, or its folder")],
-    runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),
-    svg: Annotated[Path | None, typer.Option(help="also save the picture of the front here")] = None,
-) -> None:
-    """Write the report page of a study, finished or running."""
-    from tuner.report.charts import save_front_svg
-    from tuner.report.html import write_report
-
-    folder = _folder(runs, study)
-    typer.echo(write_report(folder))
-    if svg is not None:
-        save_front_svg(folder, svg)
-
-
-def _folder(runs: Path, study: str) -> Path:
-    path = Path(study)
-    return path if path.is_dir() and not (runs / study).is_dir() else runs / study
 
 
 def _load_space(name: str, placement: str | None) -> SearchSpace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -40,18 +41,18 @@ def studies(address: Address) -> None:
 
 def status(study: Study, address: Address) -> None:
     """Say how far a search is, which trials failed and why, and its front so far."""
-    from tuner.report.live import Progress, describe_points, describe_time
+    from tuner.report.live import Tally, describe_points, describe_time
     from tuner.service.events import EventFeed
     from tuner.service.jobs import connect
 
     cluster = connect(address)
     job = cluster.find(study)
-    view, said = _Tally(), list[str]()
+    view, said = Tally(), list[str]()
     feed = EventFeed(view, said.append)
     for line in cluster.lines(job):
         feed.line(line)
     typer.echo(f"study {job.study}, space {job.space}, of {job.user}: {job.state.lower()}")
-    progress: Progress | None = view.progress
+    progress = view.progress
     if progress is not None:
         states = Counter(trial.state for trial in progress.trials.values())
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
@@ -91,14 +92,13 @@ def stop(study: Study, address: Address) -> None:
 
 
 def _how_to_go_on(cluster: Cluster, job: StudyJob, address: str) -> str:
-    """The command that resumes, if the search got as far as making its study."""
-    from tuner.service.events import read_event
-
-    for event in map(read_event, cluster.lines(job)):
-        if event and event["event"] == "start":
-            runs = Path(event["run_dir"]).parent
-            return f"; go on with `tuner search --resume {job.study} --runs {runs} --address {address}`"
-    return ""
+    """The command that resumes, if a search got as far as making the study."""
+    folder = cluster.run_dir(job.study)
+    if folder is None:
+        return ""
+    # To be pasted into a shell, and what is in it came from the cluster.
+    again = ["tuner", "search", "--resume", job.study, "--runs", str(folder.parent), "--address", address]
+    return f"; go on with `{shlex.join(again)}`"
 
 
 def submit_search(context: typer.Context, address: str, json: bool) -> None:
@@ -173,30 +173,3 @@ def _follow(cluster: Cluster, job: StudyJob, address: str, json: bool) -> None:
     if ended.state != "SUCCEEDED":
         say(f"tuner: study {job.study} ended as {ended.state.lower()}")
         raise typer.Exit(FAILED)
-
-
-class _Tally:
-    """A view that shows nothing and counts."""
-
-    def __init__(self) -> None:
-        self.progress: Any = None
-
-    def start(self, header: Any) -> None:
-        from tuner.report.live import Progress
-
-        self.progress = Progress(header)
-
-    def trial_started(self, trial: str, origin: str, summary: str, parameters: int) -> None:
-        self.progress.started(trial, origin, summary, parameters)
-
-    def epoch(self, row: Any) -> None:
-        self.progress.epoch(row)
-
-    def trial_finished(self, trial: str, state: str, reason: str | None) -> None:
-        self.progress.finished(trial, state, reason)
-
-    def message(self, text: str) -> None:
-        """Nothing to count."""
-
-    def close(self) -> None:
-        """Nothing to put back."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuner.report.run import BASELINE, Run, TrialSummary, metric_of
+from tuner.report.live import BASELINE
+from tuner.report.run import Run, TrialSummary, metric_of
 
 
 def headline(run: Run) -> list[str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.pareto import hypervolume
 from tuner.report.answer import interval_of
-from tuner.report.run import BASELINE, PARAMETERS, RECOMMENDED, Run, TrialSummary, finite, metric_of, placed, read_run
+from tuner.report.live import BASELINE
+from tuner.report.run import PARAMETERS, RECOMMENDED, Run, TrialSummary, finite, metric_of, placed
 
 if TYPE_CHECKING:
     import altair as alt
@@ -173,15 +174,11 @@ def _progress(run: Run) -> list[float]:
     return [hypervolume(values[: n + 1], corner, directions) for n in range(len(values))]
 
 
-def save_front_svg(run_dir: Path, path: Path) -> None:
-    """Draw the front of a run as an SVG file for other documents; nothing is left behind when that fails.
-
-    Raises:
-        StudyError: there is no readable study in the folder.
-    """
+def save_front_svg(run: Run, path: Path) -> None:
+    """Draw the front of a run as an SVG file for other documents, whole or not at all."""
     import vl_convert
 
-    spec = front_chart(read_run(run_dir)).properties(width=640).to_dict()
+    spec = front_chart(run).properties(width=640).to_dict()
     spec["background"] = "white"
     staged = path.with_name(path.name + ".tmp")
     staged.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuner.report.answer import difference_of, headline, interval_of
-from tuner.report.charts import ROLES, all_charts
-from tuner.report.run import BASELINE, RECOMMENDED, Run, metric_of, placed, read_run
+from tuner.report.charts import Spec, all_charts
+from tuner.report.live import BASELINE
+from tuner.report.run import RECOMMENDED, Run, metric_of, placed, read_run
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 REPORT_FILE = "report.html"
 TEMPLATE = "page.html"
+CONTENT = "content.html"
 NOTHING = "\N{EN DASH}"
 
 
@@ -23,16 +29,49 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         StudyError: there is no readable study in the folder.
     """
-    page = render(read_run(run_dir))
     path = run_dir / REPORT_FILE
-    staged = path.with_name(path.name + ".tmp")
-    staged.write_text(page, encoding="utf-8")
-    staged.replace(path)
+    save_page(read_run(run_dir), path)
     return path
 
 
-def render(run: Run) -> str:
-    """The page as text. Everything that comes from files is escaped: names and captions may hold markup."""
+def save_page(run: Run, path: Path) -> None:
+    """Write the page of a study as one file, which is whole or as it was before."""
+    page = render(run)
+    staged = path.with_name(path.name + ".tmp")
+    try:
+        staged.write_text(page, encoding="utf-8")
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def render(run: Run, live: str | None = None) -> str:
+    """The page as text. Everything that comes from files is escaped: names and captions may hold markup.
+
+    Args:
+        live: the version of the study that is shown, for a page that asks its server for newer ones.
+    """
+    values = _values(run)
+    library = _library() if values["charts"] or live is not None else ""
+    return _environment().get_template(TEMPLATE).render(**values, library=library, live=live)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What of a page changes while the search runs: the markup between its scripts, and its charts by place."""
+
+    html: str
+    charts: dict[str, Spec]
+
+
+def render_content(run: Run) -> Content:
+    """The part of the page that a live one takes in place of what it shows."""
+    values = _values(run)
+    return Content(_environment().get_template(CONTENT).render(**values), values["charts"])
+
+
+@cache
+def _environment() -> Environment:
     import jinja2
 
     environment = jinja2.Environment(
@@ -50,19 +89,21 @@ def render(run: Run) -> str:
         "moment": _moment,
         "pretty": _pretty,
     }
+    return environment
+
+
+def _values(run: Run) -> dict[str, Any]:
     charts = all_charts(run)
     points = [_point(run, point) for point in run.front["points"]] if run.front else []
-    return environment.get_template(TEMPLATE).render(
-        run=run,
-        headline=headline(run),
-        points=sorted(points, key=lambda point: point["trainable_parameters"]),
-        charts=charts,
-        dimensions=[(f"dimension-{i}", path) for i, path in enumerate(run.searched) if f"dimension-{i}" in charts],
-        failed=[trial for trial in run.trials if trial.state == "failed"],
-        columns=list(dict.fromkeys(path for trial in run.trials for path in trial.config if path in run.searched)),
-        roles=ROLES,
-        library=_library() if charts else "",
-    )
+    return {
+        "run": run,
+        "headline": headline(run),
+        "points": sorted(points, key=lambda point: point["trainable_parameters"]),
+        "charts": charts,
+        "dimensions": [(f"dimension-{i}", path) for i, path in enumerate(run.searched) if f"dimension-{i}" in charts],
+        "failed": [trial for trial in run.trials if trial.state == "failed"],
+        "columns": list(dict.fromkeys(path for trial in run.trials for path in trial.config if path in run.searched)),
+    }
 
 
 @cache

@@ -13,6 +13,9 @@ from typing import Any, Literal, Protocol, TextIO
 
 from tuner.pareto import Direction, pareto_front
 
+# Origin of the trial without LoRA, which every search begins with.
+BASELINE = "projection_only"
+
 Kind = Literal["auto", "rich", "plain", "json"]
 
 
@@ -101,11 +104,13 @@ class Progress:
         self.trials[trial] = TrialProgress(trial, origin, summary, parameters, last=known.last if known else None)
 
     def epoch(self, row: EpochRow) -> None:
-        """Record an epoch, whose duration counts towards the time left."""
+        """Record an epoch. Its duration counts towards the time left if the trial has LoRA: without it, one is so
+        short that it says nothing of those to come."""
         if row.trial not in self.trials:
             self.started(row.trial, "", "", row.parameters)
         self.trials[row.trial].last = row
-        self._seconds.append(row.seconds)
+        if self.trials[row.trial].origin != BASELINE:
+            self._seconds.append(row.seconds)
 
     def finished(self, trial: str, state: str, reason: str | None) -> None:
         """Record the end of a trial, whatever the reason."""
@@ -133,7 +138,7 @@ class Progress:
         return sorted(chosen, key=lambda trial: trial.parameters)
 
     def seconds_left(self) -> float | None:
-        """Median seconds of recent epochs, by the epochs left, over the trials that run side by side."""
+        """Median of recent epochs with LoRA, by the epochs left, over the trials side by side; None without one."""
         left = self.epochs_total - self.epochs_settled
         if not self._seconds or left <= 0:
             return None if left > 0 else 0.0
@@ -243,3 +248,42 @@ class JsonView:
         # JSON has no NaN: a loss that diverged is null, not a line that programs cannot read.
         clean = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in fields.items()}
         print(json.dumps({"event": event, **clean}, ensure_ascii=False), file=self._out, flush=True)
+
+
+class Tally:
+    """A view that shows nothing and counts; `progress` is None before the start."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self.events = 0
+
+    def start(self, header: StudyHeader) -> None:
+        """Begin to count."""
+        self.progress = Progress(header)
+        self.events += 1
+
+    def trial_started(self, trial: str, origin: str, summary: str, parameters: int) -> None:
+        """Count a trial in."""
+        self._state.started(trial, origin, summary, parameters)
+        self.events += 1
+
+    def epoch(self, row: EpochRow) -> None:
+        """Move a trial on."""
+        self._state.epoch(row)
+        self.events += 1
+
+    def trial_finished(self, trial: str, state: str, reason: str | None) -> None:
+        """Note how a trial ended."""
+        self._state.finished(trial, state, reason)
+        self.events += 1
+
+    def message(self, text: str) -> None:
+        """Nothing to count."""
+
+    def close(self) -> None:
+        """Nothing to put back."""
+
+    @property
+    def _state(self) -> Progress:
+        assert self.progress is not None, "start comes first"
+        return self.progress

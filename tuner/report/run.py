@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tuner.config import TrialConfig
 from tuner.errors import StudyError
 from tuner.pareto import Direction, pareto_front
-from tuner.records import FRONT_FILE, STUDY_FILE, TRIALS_FILE, read_study
+from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, History, read_study
 
 PARAMETERS = "trainable_parameters"
-BASELINE = "projection_only"
 RECOMMENDED = "recommended"
+REWRITE = "`tuner search --resume` writes it again"
 _CONFIG_GROUPS = frozenset(TrialConfig.model_fields)
 
 
@@ -50,6 +50,7 @@ class Run:
     study: dict[str, Any]
     rows: list[dict[str, Any]]
     front: dict[str, Any] | None
+    elsewhere: bool = False  # on a cluster, from which `tuner export` brings the adapters
 
     @property
     def name(self) -> str:
@@ -135,18 +136,51 @@ def read_run(folder: Path) -> Run:
     Raises:
         StudyError: there is no study in the folder, or one of its files is damaged.
     """
-    path = folder / STUDY_FILE
-    try:
+    with _damage(folder / STUDY_FILE, "start a new study"):
         study = read_study(folder)
-        path = folder / TRIALS_FILE
+    path = folder / TRIALS_FILE
+    with _damage(path, REWRITE):
         rows = pq.read_table(path).to_pylist() if path.exists() else []
-        path = folder / FRONT_FILE
-        front = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (json.JSONDecodeError, pa.ArrowInvalid) as error:
-        said = str(error).splitlines()[0]
-        remedy = "start a new study" if path.name == STUDY_FILE else "`tuner search --resume` writes it again"
+    return Run(folder, study, rows, _read_front(folder))
+
+
+def read_journal(folder: Path, elsewhere: bool = False) -> Run:
+    """Read a study from its journal, which is ahead of the table while the search runs.
+
+    The front is there once it covers all trials that the study asks for: one that was extended has the front of its
+    first trials until the new one is confirmed.
+
+    Args:
+        elsewhere: the files are copies from a cluster, which has the adapters.
+
+    Raises:
+        StudyError: as `read_run`.
+    """
+    with _damage(folder / STUDY_FILE, "start a new study"):
+        study = read_study(folder)
+        asked = int(study.get("trials") or 0)
+    with _damage(folder / JOURNAL_FILE, REWRITE):
+        rows = History(folder).rows()
+    front = _read_front(folder)
+    if front is not None and front.get("trials", asked) < asked:
+        front = None
+    return Run(folder, study, rows, front, elsewhere)
+
+
+def _read_front(folder: Path) -> dict[str, Any] | None:
+    path = folder / FRONT_FILE
+    with _damage(path, REWRITE):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+@contextmanager
+def _damage(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever is wrong with a file's content is one sentence."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise StudyError(f"{path}: damaged ({said}); {remedy}") from None
-    return Run(folder, study, rows, front)
 
 
 def placed(targets: str, placement: str | None) -> str:

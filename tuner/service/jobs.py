@@ -5,7 +5,6 @@ The job is the whole search, its driver on the head; whoever follows it may come
 
 from __future__ import annotations
 
-import asyncio
 import getpass
 import logging
 import os
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError, StudyError
+from tuner.service.events import read_event
+from tuner.service.follow import follow_lines, job_lines
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 RUNNING = ("PENDING", "RUNNING")
-# A connection that says nothing for so long is asked after: a laptop that was closed does not hear that it is dead.
-QUIET_SECONDS = 60.0
-RETRY_SECONDS = 5.0
 STOP_SECONDS = 60.0
 STOP_POLL_SECONDS = 0.2
 TOKEN_FILE = ".ray/auth_token"
@@ -146,15 +144,25 @@ class Cluster:
 
     def lines(self, job: StudyJob) -> list[str]:
         """Everything a search has printed so far."""
-        text: str = self.client.get_job_logs(job.submission_id)
-        return text.splitlines()
+        return job_lines(self.client, job.submission_id)
+
+    def run_dir(self, study: str) -> Path | None:
+        """The study's folder on the head, or None if no search of it that is remembered has got so far as to say it."""
+        for job in self.studies():
+            for event in map(read_event, self.lines(job) if job.study == study else ()):
+                if event and event["event"] == "start":
+                    return Path(event["run_dir"])
+        return None
 
     def follow(self, job: StudyJob, on_line: Callable[[str], None]) -> StudyJob:
         """Hand on every line of a search from its first, until it ends; returns how it ended.
 
         A lost connection is made again, and what was handed on is not repeated.
+
+        Raises:
+            StudyError: the cluster does not know the search any more.
         """
-        asyncio.run(_Follower(self, job, on_line).run())
+        follow_lines(self.client, job.submission_id, on_line)
         return self.find(job.study, job.submission_id)
 
     def stop(self, job: StudyJob) -> StudyJob:
@@ -186,46 +194,3 @@ def _study_job(details: Any) -> StudyJob:
         # Ray tells milliseconds.
         started=datetime.fromtimestamp(details.start_time / 1000, UTC) if details.start_time else None,
     )
-
-
-class _Follower:
-    """Lines of one job over as many connections as it takes."""
-
-    def __init__(self, cluster: Cluster, job: StudyJob, on_line: Callable[[str], None]) -> None:
-        self.cluster, self.job, self.on_line = cluster, job, on_line
-        self.told = 0
-
-    async def run(self) -> None:
-        import aiohttp
-
-        while True:
-            try:
-                await self._connection()
-                if await asyncio.to_thread(self._ended):
-                    # What was written between the last chunk and the end.
-                    self._tell(await asyncio.to_thread(self.cluster.lines, self.job))
-                    return
-            except TimeoutError:
-                # Quiet for long: alive or not, a new connection will tell.
-                continue
-            except (OSError, RuntimeError, aiohttp.ClientError):
-                await asyncio.sleep(RETRY_SECONDS)
-
-    async def _connection(self) -> None:
-        """Every connection tells the whole log again."""
-        text, chunks = "", self.cluster.client.tail_job_logs(self.job.submission_id)
-        while True:
-            try:
-                text += await asyncio.wait_for(anext(chunks), QUIET_SECONDS)
-            except StopAsyncIteration:
-                return
-            whole, _, _ = text.rpartition("\n")
-            self._tell(whole.splitlines())
-
-    def _tell(self, lines: list[str]) -> None:
-        for line in lines[self.told :]:
-            self.on_line(line)
-        self.told = max(self.told, len(lines))
-
-    def _ended(self) -> bool:
-        return self.cluster.find(self.job.study, self.job.submission_id).ended
