@@ -20,14 +20,14 @@ from torch import Tensor
 from tuner.config import RunSettings, TrialConfig
 from tuner.data.store import Store
 from tuner.encoders.base import AudioEncoder
-from tuner.errors import TrialFailed
+from tuner.errors import TrialFailed, first_line
 from tuner.lora.adapter import activate
 from tuner.lora.path import EncodingPath, check_placement, clips_to_trace, trace_path
 from tuner.train.batches import Batch, epoch_batches, same_pairs, shard, steps_per_epoch
 from tuner.train.member import Member, read_checkpoint
 from tuner.train.metrics import Retrieval, retrieve
 from tuner.train.model import pool_clips
-from tuner.train.prefix import LivePrefix, Prefix, open_prefix, row_lengths
+from tuner.train.prefix import LivePrefix, Prefix, PrefixUse, open_prefix, prefix_use, row_lengths
 from tuner.train.workers import Workers
 
 EpochRow = dict[str, float]
@@ -112,6 +112,11 @@ class Pack:
                 self._prefixes[depth] = open_prefix(encoder, self.store, depth, context.prefix_root, budget)
         return self._prefixes[depth]
 
+    @property
+    def prefix_use(self) -> PrefixUse:
+        """What the prefix caches of this pack have been good for."""
+        return prefix_use(self._prefixes.values())
+
     def lengths(self, member: Member) -> NDArray[np.int64]:
         """Tokens of each clip of the store that enter the first block which this member runs itself."""
         depth = 0 if member.placement is None else member.depth
@@ -122,46 +127,71 @@ class Pack:
     def train_epoch(
         self, trials: Sequence[str], progress: StepProgress | None = None
     ) -> dict[str, EpochRow | TrialFailed]:
-        """One epoch of these members, which must all stand at the same epoch.
+        """One epoch of these members, which must all stand at the same epoch, or the rest of it for a member that a
+        checkpoint left within it.
+
+        Args:
+            progress: called after each step with its number and the number of all; at that moment each member can be
+                saved, and what it raises ends the epoch.
 
         Returns:
             For each member its row (`epoch`, `loss`, `train_seconds`, `clips_per_second`, `logit_scale`), or the
             failure that ended it; the others are not affected by it.
+
+        Raises:
+            RuntimeError: as `contain`.
         """
         members = [self.members[trial] for trial in trials]
         epoch = members[0].epoch + 1
         assert all(member.epoch + 1 == epoch for member in members)
-        losses: dict[str, list[Tensor]] = {trial: [] for trial in trials}
-        seconds = dict.fromkeys(trials, 0.0)
         failures: dict[str, TrialFailed] = {}
         steps = steps_per_epoch(len(self.train_clips), self.settings.batch_size)
         batches = epoch_batches(self.store, self.train_clips, self.settings.batch_size, self.settings.data_seed, epoch)
         for step, batch in enumerate(batches, start=1):
+            waiting = [member for member in members if member.trial not in failures and member.steps < step]
+            if not waiting:
+                continue
             same_BB = torch.from_numpy(same_pairs(self.store, batch)).to(self.device)
-            for member in members:
-                if member.trial in failures:
-                    continue
+            for member in waiting:
                 started = time.perf_counter()
                 try:
-                    losses[member.trial].append(self._step(member, batch, same_BB))
+                    member.losses.append(self._step(member, batch, same_BB))
                 except TrialFailed as failure:
                     failures[member.trial] = failure
-                seconds[member.trial] += time.perf_counter() - started
+                except RuntimeError as error:
+                    failures[member.trial] = self.contain(member.trial, error)
+                member.steps = step
+                member.seconds += time.perf_counter() - started
             if progress:
                 progress(step, steps)
         rows: dict[str, EpochRow | TrialFailed] = {**failures}
         for member in members:
             if member.trial not in failures:
-                member.epoch = epoch
-                rows[member.trial] = self._row(member, losses[member.trial], seconds[member.trial])
+                rows[member.trial] = self._row(member, epoch)
+                member.finish_epoch()
         return rows
 
-    def _row(self, member: Member, losses: list[Tensor], seconds: float) -> EpochRow:
+    def contain(self, trial: str, error: RuntimeError) -> TrialFailed:
+        """The failure of one trial that an error inside its step is, when this process can go on after it.
+
+        Raises:
+            RuntimeError: `error` itself, when it cannot: other workers wait inside the same step, or the device is in
+                no defined state.
+        """
+        if self.context.workers.world > 1 or isinstance(error, torch.AcceleratorError):
+            raise error
+        self.members[trial].optimizer.zero_grad(set_to_none=True)
+        if isinstance(error, torch.OutOfMemoryError):
+            # The blocks of one that was too large are of no use to its neighbours.
+            torch.cuda.empty_cache()
+        return TrialFailed(first_line(error))
+
+    def _row(self, member: Member, epoch: int) -> EpochRow:
         return {
-            "epoch": member.epoch,
-            "loss": float(torch.stack(losses).mean()),
-            "train_seconds": seconds,
-            "clips_per_second": len(self.train_clips) / seconds,
+            "epoch": epoch,
+            "loss": float(torch.stack(member.losses).mean()),
+            "train_seconds": member.seconds,
+            "clips_per_second": len(self.train_clips) / member.seconds,
             "logit_scale": float(member.loss.logit_scale().detach()),
         }
 
@@ -177,7 +207,8 @@ class Pack:
         loss: Tensor = member.loss(audio_BD, self.text_MD[torch.from_numpy(batch.captions_B).to(self.device)], same_BB)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise TrialFailed(f"loss became {value} in epoch {member.epoch + 1}; lower the learning rates")
+            reason = f"loss became {value} in epoch {member.epoch + 1}; lower the learning rates"
+            raise TrialFailed(self._poisoned(batch.clips_B) or reason)
         loss.backward()  # type: ignore[no-untyped-call]
         workers.sum_gradients(member.shared_parameters())
         member.step()
@@ -212,9 +243,33 @@ class Pack:
         return workers.join_rows(rows, [torch.from_numpy(part) for part in positions])
 
     def validate(self, trial: str, split: str = "validation") -> Retrieval:
-        """Retrieval of a split's clips against the distinct captions of that split."""
+        """Retrieval of a split's clips against the distinct captions of that split.
+
+        Raises:
+            TrialFailed: out of memory, or an embedding is not finite, so nothing can be ranked by it.
+            RuntimeError: as `contain`.
+        """
         clips = self.store.split(split)
-        return retrieve_split(self.store, clips, self.embed(trial, clips))
+        try:
+            audio_ND = self.embed(trial, clips)
+        except RuntimeError as error:
+            raise self.contain(trial, error) from None
+        broken_N = ~torch.isfinite(audio_ND).all(dim=1).cpu().numpy()
+        if broken_N.any():
+            reason = f"embeddings of {broken_N.sum()} {split} clips are not finite; lower the learning rates"
+            raise TrialFailed(self._poisoned(clips[broken_N]) or reason)
+        return retrieve_split(self.store, clips, audio_ND)
+
+    def _poisoned(self, clips: NDArray[np.int64]) -> str | None:
+        """The first of these clips whose stored features no training survives, in a sentence."""
+        for clip in clips.tolist():
+            if not np.isfinite(self.store.features(clip)).all():
+                name, audio = self.store.clip_ids[clip], self.store.audio[clip]
+                return (
+                    f"the features of clip {name} ({audio}, row {clip} of {self.store.folder}) are not finite; "
+                    "prepare the data again, without this recording if it stays so"
+                )
+        return None
 
 
 def retrieve_split(store: Store, clips: NDArray[np.int64], audio_ND: Tensor) -> Retrieval:
