@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from dangerous_calls import dangers
 from importlinter.cli import lint_imports
 
 import tuner
@@ -50,7 +51,10 @@ def test_every_module_has_a_layer() -> None:
     ("packages", "forbidden"),
     [
         (("tuner.cli", "tuner.commands"), ("torch", "transformers", "peft", "ray", "optuna", "pyarrow", "numpy")),
-        (("tuner.space", "tuner.config", "tuner.errors", "tuner.pareto"), ("torch", "transformers", "ray", "optuna")),
+        (
+            ("tuner.space", "tuner.config", "tuner.errors", "tuner.redact", "tuner.pareto"),
+            ("torch", "transformers", "ray", "optuna"),
+        ),
         (("tuner.service",), ("torch", "transformers", "peft", "ray", "optuna")),
         (("tuner.search",), ("torch", "transformers", "peft")),
         (("tuner.lanes",), ("torch", "transformers", "peft", "optuna")),
@@ -83,3 +87,51 @@ def test_modules_and_functions_can_be_read_at_once(path: Path) -> None:
 
 def test_no_module_collects_leftovers() -> None:
     assert not [path.name for path in SOURCES if path.stem in ("utils", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_file_of_others_can_run_code(path: Path) -> None:
+    assert dangers(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "import os, cloudpickle",
+        "from pickle import loads, UnpicklingError",
+        "import joblib.memory",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "yaml.load(text, Loader=yaml.FullLoader)",
+        "yaml.unsafe_load(text)",
+        "eval(text)",
+        "__import__(name)",
+        "os.system(command)",
+        "subprocess.run(command, shell=True)",
+        "subprocess.run(command, shell=flag)",
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+        "options = {'trust_remote_code': True}",
+        "transformers.AutoModel.from_pretrained(folder)",
+        "np.load(path, allow_pickle=True)",
+        "archive.extractall(folder)",
+        "jinja2.Environment(loader=loader)",
+        "jinja2.Environment(autoescape=False)",
+        "Markup(text)",
+    ],
+)
+def test_what_could_run_code_is_found(line: str) -> None:
+    assert len(dangers(f"x = 1\n{line}\n")) >= 1
+
+
+def test_what_cannot_is_not() -> None:
+    lines = (
+        "from pickle import UnpicklingError",
+        "torch.load(path, weights_only=True)",
+        "yaml.load_all(text, Loader=_UniqueKeyLoader)",
+        "re.compile(pattern)",
+        "model.eval()",
+        "archive.extractfile(member)",
+        "options = {'trust_remote_code': False}",
+    )
+    assert dangers("\n".join(lines)) == []

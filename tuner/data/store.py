@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tuner.arrow import check_plain
 from tuner.config import EncoderRef
 from tuner.data.splits import SPLITS
 from tuner.errors import DataError
@@ -88,7 +89,7 @@ class Store:
                     state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                     raise DataError(f"{path}: {state}; the store is damaged, delete the folder and prepare it again")
             return cls(folder, meta)
-        except (KeyError, TypeError, AttributeError, pa.ArrowException, OSError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{folder}: damaged store ({reason}); delete the folder and prepare it again") from None
 
@@ -203,7 +204,9 @@ class Store:
 
 
 def _map(path: Path) -> Any:
-    return pa.ipc.open_file(pa.memory_map(str(path)))
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    check_plain(reader.schema, path)
+    return reader
 
 
 def _list_arrays(column: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tuner.arrow import check_plain
 from tuner.data.columns import COLUMNS, SPLIT_NAMES, check_columns
 from tuner.errors import DataError
 
@@ -69,7 +70,7 @@ def read_audio_bytes(audio: Sequence[EmbeddedAudio]) -> list[bytes]:
 def _readable(file: Path, read: Callable[..., Any], *arguments: object) -> Any:
     try:
         return read(file, *arguments)
-    except (pa.ArrowException, OSError, IndexError) as error:
+    except (pa.ArrowException, OSError, IndexError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{file}: cannot be read as a {file.suffix} table ({reason}); copy it again") from None
 
@@ -77,10 +78,11 @@ def _readable(file: Path, read: Callable[..., Any], *arguments: object) -> Any:
 def _files(folder: Path) -> list[tuple[Path, str | None]]:
     if (folder / "dataset_dict.json").exists():
         splits = _json_field(folder / "dataset_dict.json", "splits")
-        return [(file, name) for name in splits for file, _ in _files(folder / str(name))]
+        return [(file, name) for name in splits for file, _ in _files(_below(folder, name))]
     if (folder / "state.json").exists():
         entries = _json_field(folder / "state.json", "_data_files")
-        return [(folder / entry["filename"], None) for entry in entries]
+        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+        return [(_below(folder, name), None) for name in names]
     shards = sorted(file for file in folder.rglob("*.parquet") if not file.name.startswith("."))
     if not shards:
         raise DataError(
@@ -88,6 +90,13 @@ def _files(folder: Path) -> list[tuple[Path, str | None]]:
             "give the folder that save_to_disk wrote, or a manifest file"
         )
     return [(shard, _split_of_name(shard, folder)) for shard in shards]
+
+
+def _below(folder: Path, name: object) -> Path:
+    """A split or file that the folder's own JSON names: it was downloaded too, and could name any place."""
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+        raise DataError(f"{folder}: names the file {name!r} outside its folder; the dataset is damaged, save it again")
+    return folder / name
 
 
 def _json_field(path: Path, field: str) -> list[Any]:
@@ -132,6 +141,7 @@ def _parquet_table(path: Path) -> pa.Table:
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         check_columns(path, schema.names)
+        check_plain(_used(schema), path)
         names = [name for name in schema.names if name in COLUMNS]
         if not _has_bytes(schema):
             return file.read(columns=names)
@@ -140,6 +150,11 @@ def _parquet_table(path: Path) -> pa.Table:
             names.append("audio.path")
         flags = [_embedded_flags(file, group) for group in range(file.num_row_groups)]
         return file.read(columns=names).append_column("embedded", pa.chunked_array(flags, pa.bool_()))
+
+
+def _used(schema: pa.Schema) -> pa.Schema:
+    """The columns that are read; what the others hold does not matter."""
+    return pa.schema([field for field in schema if field.name in COLUMNS])
 
 
 def _has_bytes(schema: pa.Schema) -> bool:
@@ -165,6 +180,7 @@ def _embedded_flags(file: pq.ParquetFile, group: int) -> Any:
 def _stream_columns(path: Path) -> pa.Table:
     table: pa.Table = _readable(path, _stream_table)
     check_columns(path, table.column_names)
+    check_plain(_used(table.schema), path)
     columns = {name: table.column(name) for name in table.column_names if name in COLUMNS}
     if _has_bytes(table.schema):
         audio: Any = table.column("audio")
@@ -192,6 +208,7 @@ def _parquet_bytes(path: Path, rows: Sequence[int]) -> list[bytes | None]:
     """Bytes of sorted rows; each row group is read once."""
     found: dict[int, bytes | None] = {}
     with pq.ParquetFile(path) as file:
+        check_plain(_used(file.schema_arrow), path)
         first = 0
         for group in range(file.num_row_groups):
             after = first + file.metadata.row_group(group).num_rows
@@ -206,4 +223,6 @@ def _parquet_bytes(path: Path, rows: Sequence[int]) -> list[bytes | None]:
 
 
 def _stream_bytes(path: Path, rows: Sequence[int]) -> list[bytes | None]:
-    return _bytes_column(_stream_table(path).select(["audio"]).take(rows))
+    table: pa.Table = _stream_table(path).select(["audio"])
+    check_plain(table.schema, path)
+    return _bytes_column(table.take(rows))

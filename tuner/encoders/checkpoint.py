@@ -238,6 +238,9 @@ def _shards(folder: Path, prefixes: Sequence[str]) -> list[str]:
     stray = next((shard for shard in shards if Path(shard).name != shard), None)
     if stray is not None:
         raise EncoderError(f"{folder / INDEX}: names the weight file {stray!r} outside its folder; fetch it again")
+    pickled = next((shard for shard in shards if not shard.endswith(".safetensors")), None)
+    if pickled is not None:
+        raise EncoderError(f"{folder / INDEX}: names the weight file {pickled!r}, not safetensors; fetch it again")
     return shards
 
 

@@ -67,6 +67,7 @@ class TextEncoder:
             EncoderError: the folder cannot be loaded by transformers.
         """
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
 
         self.spec, self.device = spec, device
@@ -76,7 +77,7 @@ class TextEncoder:
             with _no_progress_bar():
                 self.tokenizer = AutoTokenizer.from_pretrained(spec.folder, **options)
                 model = AutoModel.from_pretrained(spec.folder, use_safetensors=True, dtype=torch.float32, **options)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise EncoderError(f"{spec.folder}: transformers cannot load it ({' '.join(str(error).split())})") from None
         self.model = model.to(device).requires_grad_(False).eval()
         self.max_tokens = _max_tokens(spec.folder, self.tokenizer.model_max_length, model.config)

@@ -6,6 +6,7 @@ at once; every attached one keeps `requires_grad`, so a pack trains them in turn
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 import warnings
@@ -33,6 +34,19 @@ from tuner.lora.placement import Placement, StagePlacement, encoding_spec, resol
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FILE_PREFIX = "base_model.model."  # where a PeftModel holds the tower
+# Of `_peft_config`, and what PEFT itself notes.
+_SETTINGS = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "target_modules",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+    }
+)
 
 
 def on_path(encoder: AudioEncoder, lora: LoraSpec | None) -> AudioEncoder:
@@ -233,7 +247,19 @@ def _read_config(folder: Path) -> peft.LoraConfig:
         raise AdapterError(f"{folder / CONFIG_FILE}: not a PEFT configuration ({error}); export it again") from None
     if not isinstance(config, peft.LoraConfig):
         raise AdapterError(f"{folder / CONFIG_FILE}: is a {config.peft_type}, only LoRA adapters are read")
+    _refuse_further_settings(config, folder / CONFIG_FILE)
     return config
+
+
+def _refuse_further_settings(config: peft.LoraConfig, path: Path) -> None:
+    """PEFT can be told to import a module or to read further files; nothing but what `_peft_config` sets is needed."""
+    plain = peft.LoraConfig()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _SETTINGS and value != getattr(plain, field.name):
+            raise AdapterError(
+                f"{path}: sets {field.name} to {value!r:.60}, which no adapter exported by tuner does; export it again"
+            )
 
 
 def _check_tensors(encoder: AudioEncoder, folder: Path, config: peft.LoraConfig) -> None:

@@ -6,6 +6,7 @@ pack exactly as it would alone.
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,6 +192,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state: object = torch.load(path, map_location="cpu", weights_only=True)
     # What torch makes of a damaged file depends on where the damage is.
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        state = None
+    except OSError as error:
+        # A file that ends too early is an invalid seek; anything else is the disk.
+        if error.errno != errno.EINVAL:
+            raise
         state = None
     if not isinstance(state, dict):
         raise StudyError(f"{path}: not a checkpoint of tensors and plain values; remove it to train the trial anew")
