@@ -17,6 +17,7 @@ from tuner.data.worker import RESULT_SCHEMA, FeatureWorker
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.text import TextSpec
 from tuner.errors import TunerError
+from tuner.loopback import start_ray
 
 # An actor pays for its start (torch, 7 s on one core) after about this many batches.
 BATCHES_PER_ACTOR = 16
@@ -91,7 +92,7 @@ def ray_cluster() -> Iterator[int]:
         else:
             with _environment(_QUIET), _held_stderr():
                 store_bytes = OBJECT_STORE_BYTES_PER_CPU * (os.cpu_count() or 1)
-                ray.init("local", include_dashboard=False, object_store_memory=store_bytes, **quiet)
+                start_ray(include_dashboard=False, object_store_memory=store_bytes, **quiet)
     try:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield int(resources.get("CPU", 1))

@@ -18,6 +18,7 @@ from tuner.errors import StudyError
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.lane import LaneConfig, host_lane
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
+from tuner.loopback import start_ray
 
 # A fraction of the head node's own resource: keeps drivers, coordinator and trial clients off nodes that may go away.
 HEAD_NODE = {"node:__internal_head__": 0.001}
@@ -70,7 +71,7 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
     if address is None:
         options |= {"include_dashboard": dashboard, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     try:
-        context = ray.init(address, **options)
+        context = ray.init(address, **options) if address is not None else start_ray(**options)
     except ConnectionError as error:
         raise StudyError(
             f"--address {address}: no Ray cluster answers there ({error}); start one with `ray up`"
