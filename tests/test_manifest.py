@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuner.data.manifest import ClipRow, read_manifest
-from tuner.data.plan import confine, file_states, make_plan, manifest_digest
+from tuner.data.plan import file_states, make_plan, manifest_digest
 from tuner.data.splits import SPLITS, assign_splits, group_recordings
 from tuner.data.tables import EmbeddedAudio, read_audio_bytes
 from tuner.errors import ConfigError, DataError
@@ -232,12 +232,83 @@ def test_digest_follows_rows_and_files(tmp_path: Path) -> None:
     assert manifest_digest(rows, file_states(rows)) != before
 
 
-def test_audio_root_is_a_wall_also_for_links(tmp_path: Path) -> None:
+# An audio root
+
+
+@pytest.fixture
+def rooted(tmp_path: Path) -> Path:
+    """A folder of recordings, with one recording and one folder beside it."""
     root = tmp_path / "root"
-    root.mkdir()
-    (tmp_path / "secret.wav").write_bytes(b"")
-    (root / "link.wav").symlink_to(tmp_path / "secret.wav")
-    confine([ClipRow(1, root / "fine.wav", ("x",), "a")], root)
-    for audio in (root / "../secret.wav", root / "link.wav", Path("/etc/passwd")):
-        with pytest.raises(DataError, match=r"row 1: .* outside the audio root"):
-            confine([ClipRow(1, audio, ("x",), "a")], root)
+    (root / "deep").mkdir(parents=True)
+    for path in (root / "fine.wav", root / "deep/fine.wav", tmp_path / "secret.wav"):
+        path.write_bytes(b"sound")
+    return root
+
+
+def write_audio(folder: Path, *audio: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = [json.dumps({"audio": name, "caption": "x"}) + "\n" for name in audio]
+    (folder / "manifest.jsonl").write_text("".join(rows))
+    return folder / "manifest.jsonl"
+
+
+def test_recordings_are_found_below_the_audio_root(rooted: Path, tmp_path: Path) -> None:
+    """Relative ones, absolute ones, and links that stay inside; without a root they are beside the manifest."""
+    (rooted / "link.wav").symlink_to("deep/fine.wav")
+    manifest = write_audio(tmp_path / "elsewhere", "fine.wav", str(rooted / "fine.wav"), "deep/../fine.wav", "link.wav")
+    assert all(row.audio.is_file() for row in read_manifest(manifest, rooted))
+    assert read_manifest(manifest, rooted)[0].audio == rooted / "fine.wav"
+    assert read_manifest(manifest)[0].audio == tmp_path / "elsewhere/fine.wav"
+
+
+@pytest.mark.parametrize(
+    "audio",
+    [
+        "../secret.wav",
+        "deep/../../secret.wav",
+        "/etc/passwd",
+        "link.wav",
+        "there/secret.wav",
+        "circle.wav",
+        "~/x.wav/../../..",
+    ],
+)
+def test_nothing_leaves_the_audio_root(rooted: Path, tmp_path: Path, audio: str) -> None:
+    (rooted / "link.wav").symlink_to(tmp_path / "secret.wav")
+    (rooted / "there").symlink_to(tmp_path)
+    (rooted / "circle.wav").symlink_to("circle.wav")
+    manifest = write_audio(tmp_path / "elsewhere", "fine.wav", audio)
+    with pytest.raises(DataError, match=r"manifest\.jsonl, row 2: .* is outside the audio root .*; move the recording"):
+        read_manifest(manifest, rooted)
+    assert len(read_manifest(manifest)) == 2, "without a root, as it was"
+
+
+def test_an_audio_root_must_be_there(rooted: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--audio-root .*nowhere: no such folder"):
+        read_manifest(write_audio(tmp_path, "fine.wav"), tmp_path / "nowhere")
+
+
+def test_dataset_folders_obey_the_audio_root(rooted: Path, tmp_path: Path) -> None:
+    """Recordings that a table names, the tables that hold recordings, and the tables that the folder names."""
+    named = pa.table({"audio": [{"bytes": None, "path": "../secret.wav"}], "caption": ["x"]})
+    (rooted / "set").mkdir()
+    pq.write_table(named, rooted / "set/train.parquet")
+    with pytest.raises(DataError, match=r"set, row 1: .*secret\.wav is outside the audio root"):
+        read_manifest(rooted / "set", rooted)
+    embedded = pa.table({"audio": [{"bytes": b"sound", "path": None}], "caption": ["x"]})
+    pq.write_table(embedded, tmp_path / "held.parquet")
+    (rooted / "set/train.parquet").unlink()
+    (rooted / "set/train.parquet").symlink_to(tmp_path / "held.parquet")
+    with pytest.raises(DataError, match=r"set, row 1: .* is outside the audio root"):
+        read_manifest(rooted / "set", rooted)
+
+
+@pytest.mark.parametrize("name", ["../held", "/held", "..", "", ".", "a/b", 3, None])
+def test_a_dataset_folder_names_only_its_own_files(tmp_path: Path, name: object) -> None:
+    """With or without a root: what a downloaded folder says of itself leads nowhere else."""
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match=r"names the file .* outside its folder"):
+        read_manifest(tmp_path)
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [name]}))
+    with pytest.raises(DataError, match=r"names the file .* outside its folder"):
+        read_manifest(tmp_path)

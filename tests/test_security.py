@@ -173,7 +173,8 @@ def test_a_checkpoint_runs_nothing(pack: Pack, tmp_path: Path, mark: Path, form:
     elif form == "wrong tensors":
         torch.save(state | {"lora": state["lora"][:1]}, path)
     else:
-        path.write_bytes({"pickle": pickle.dumps(Bomb(mark), protocol=2), "cut off": whole[: len(whole) // 2], "empty": b""}[form])
+        bomb = pickle.dumps(Bomb(mark), protocol=2)
+        path.write_bytes({"pickle": bomb, "cut off": whole[: len(whole) // 2], "empty": b""}[form])
     said = "checkpoint of t0001: damaged" if form == "wrong tensors" else "t0001.pt: not a checkpoint of tensors"
     raises(StudyError, said, lambda: pack.attach("t0001", TRIAL, path))
     assert pack.members == {}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.commands.options import AudioRoot
+
 if TYPE_CHECKING:
     from tuner.config import EncoderRef, TrialConfig
     from tuner.data.store import Store
@@ -24,6 +26,7 @@ def diagnose(
         str | None, typer.Option(help="audio encoder; default: the data's, the adapter's, else the demo's")
     ] = None,
     data: Annotated[str | None, typer.Option(help="manifest, prepared store, or 'demo'; default: tones")] = None,
+    audio_root: AudioRoot = None,
     space: Annotated[str | None, typer.Option(help="a search space to check and to count")] = None,
     adapter: Annotated[Path | None, typer.Option(help="an adapter's folder, of tuner or of PEFT alone")] = None,
     peft_config: Annotated[Path | None, typer.Option(help="an adapter_config.json to judge by the whole model")] = None,
@@ -47,7 +50,7 @@ def diagnose(
     json: Annotated[bool, typer.Option("--json", help="all findings and values as JSON")] = False,
 ) -> None:
     """Check machine, data, encoder and LoRA in seven steps; exit code 1 when one of them found an error."""
-    from tuner.commands.inputs import progress_bar
+    from tuner.commands.inputs import check_audio_root, progress_bar
     from tuner.diagnose.run import diagnose as run_steps
     from tuner.diagnose.subject import DiagnoseRequest
     from tuner.errors import ConfigError
@@ -56,12 +59,14 @@ def diagnose(
         raise ConfigError(f"--precision {precision}: give auto, bf16 or fp32")
     loaded = _space(space, placement)
     store, manifest = _data(data, encoder, pad_to_30s)
+    check_audio_root(audio_root, manifest is not None)
     reference = _encoder(encoder, store, adapter, loaded, path, pad_to_30s)
     request = DiagnoseRequest(
         encoder=reference,
         trial=_trial(adapter, {"rank": rank, "first_layer": first_layer, "targets": targets, "placement": placement}),
         store=store,
         manifest=manifest,
+        audio_root=audio_root,
         adapter=adapter,
         peft_config=peft_config,
         space=loaded,

@@ -1,8 +1,8 @@
 """Manifests: which recordings there are and what their captions say. Reads text and columns, never audio.
 
-A manifest is JSON Lines, JSON, CSV or Parquet with the columns `audio` (a path, relative to the manifest's folder or
-absolute) and `caption` (a text) or `captions` (a list of texts), and optionally `split`, `clip_id` and `language`;
-or a Hugging Face dataset folder (see `tuner.data.tables`). Several rows may name one recording.
+A manifest is JSON Lines, JSON, CSV or Parquet with the columns `audio` (a path, absolute or relative to the manifest's
+folder or to an audio root) and `caption` (a text) or `captions` (a list of texts), and optionally `split`, `clip_id`
+and `language`; or a Hugging Face dataset folder (see `tuner.data.tables`). Several rows may name one recording.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,22 +45,49 @@ class ClipRow:
     problem: str | None = None
 
 
-def read_manifest(path: Path) -> list[ClipRow]:
+def read_manifest(path: Path, audio_root: Path | None = None) -> list[ClipRow]:
     """Read all rows of a manifest file or dataset folder, in order.
 
     A row whose audio or caption is blank is kept with its `problem`, so that it can be listed as a reject; broken
     syntax is an error, since nothing after it can be trusted.
 
+    Args:
+        audio_root: what relative paths of recordings are relative to, and outside of which none may be, links followed;
+            files with embedded audio neither. None: the folder of the manifest, and no limit.
+
     Raises:
         DataError: missing file, unknown kind of file, broken syntax (names the line), a missing column (names the
-            columns found), a value of the wrong type or an unknown split (names the row).
+            columns found), a value of the wrong type, an unknown split or a recording outside the audio root (names the
+            row).
     """
     raw = list(_raw_rows(path))
     if not raw:
         raise DataError(f"{path}: holds no rows; give a manifest with at least one recording")
     check_columns(path, (name for _, values in raw for name in values))
-    folder = path if path.is_dir() else path.parent
-    return [_clip_row(path, folder.absolute(), row, values) for row, values in raw]
+    folder = audio_root or (path if path.is_dir() else path.parent)
+    rows = [_clip_row(path, folder.absolute(), row, values) for row, values in raw]
+    if audio_root is not None:
+        _confine(path, rows, audio_root)
+    return rows
+
+
+def _confine(path: Path, rows: Sequence[ClipRow], root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"--audio-root {root}: no such folder; give the one that holds the recordings")
+    inside = root.resolve()
+    for row in rows:
+        if row.problem != "no audio" and not _leads_into(row.audio, inside):
+            raise DataError(
+                f"{path}, row {row.row}: {row.audio} is outside the audio root {root}; move the recording inside"
+            )
+
+
+def _leads_into(audio: Path, folder: Path) -> bool:
+    try:
+        return audio.resolve().is_relative_to(folder)
+    except (OSError, RuntimeError):
+        # Links that lead in a circle lead nowhere.
+        return False
 
 
 def _raw_rows(path: Path) -> Iterable[tuple[int, Mapping[str, object]]]:

@@ -56,18 +56,6 @@ def normalise_caption(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def confine(rows: Sequence[ClipRow], root: Path) -> None:
-    """Refuse recordings outside `root`, links followed.
-
-    Raises:
-        DataError: a path leaves the folder; names the row.
-    """
-    inside = root.resolve()
-    for row in rows:
-        if row.problem != "no audio" and not row.audio.resolve().is_relative_to(inside):
-            raise DataError(f"row {row.row}: {row.audio} is outside the audio root {root}; move it inside")
-
-
 def file_states(rows: Sequence[ClipRow]) -> dict[Path, FileState | None]:
     """Size and modification time of every file that holds audio; None where it is missing or not a file."""
     states: dict[Path, FileState | None] = {}

@@ -22,7 +22,7 @@ from tuner.config import EncoderRef
 from tuner.data.cache import cache_root
 from tuner.data.execution import run_on_ray
 from tuner.data.manifest import read_manifest
-from tuner.data.plan import Clip, Plan, confine, file_states, make_plan, manifest_digest
+from tuner.data.plan import Clip, Plan, file_states, make_plan, manifest_digest
 from tuner.data.rejects import Reject, check_rejects, write_rejects
 from tuner.data.splits import SPLITS, assign_splits, check_fractions, group_recordings
 from tuner.data.store import REJECTS_FILE, VERSION, read_meta
@@ -52,7 +52,7 @@ class PrepareOptions:
         fractions: shares of train, validation and test where the manifest gives no split.
         seed: of the drawn splits.
         max_rejects: share of rows that may be unusable, 0 to 1.
-        audio_root: when given, recordings outside this folder are refused.
+        audio_root: see `read_manifest`.
     """
 
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
@@ -124,9 +124,7 @@ def _recipe(manifest: Path, encoder: EncoderRef, text_encoder: str, options: Pre
     check_fractions(options.fractions)
     if not (math.isfinite(options.max_rejects) and 0 <= options.max_rejects <= 1):
         raise ConfigError(f"max_rejects: must be a share between 0 and 1 (got {options.max_rejects:g})")
-    rows = read_manifest(manifest)
-    if options.audio_root is not None:
-        confine(rows, options.audio_root)
+    rows = read_manifest(manifest, options.audio_root)
     # Features are made before anything runs: the path that a search takes later is no matter of the store.
     encoder = encoder.model_copy(update={"path": "audio_tower"})
     spec = inspect_encoder(encoder)

@@ -26,7 +26,7 @@ def check_data(subject: Subject, progress: Progress) -> Step:
                 f"run `tuner prepare` with --encoder {subject.spec.source}",
             )
     elif request.manifest is not None:
-        recordings = manifest_recordings(request.manifest, subject.spec, progress)
+        recordings = manifest_recordings(request.manifest, request.audio_root, subject.spec, progress)
     else:
         step.skipped = "no --data was given"
         return step

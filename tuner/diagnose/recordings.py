@@ -64,13 +64,15 @@ def store_recordings(store: Store) -> Recordings:
     return found
 
 
-def manifest_recordings(manifest: Path, spec: EncoderSpec | None, progress: Progress) -> Recordings:
+def manifest_recordings(
+    manifest: Path, audio_root: Path | None, spec: EncoderSpec | None, progress: Progress
+) -> Recordings:
     """Of everything that a manifest names, by the decoded sound.
 
     Raises:
-        DataError: the manifest cannot be read, or gives one file two splits.
+        DataError: the manifest cannot be read, gives one file two splits, or names a recording outside `audio_root`.
     """
-    rows = read_manifest(manifest)
+    rows = read_manifest(manifest, audio_root)
     plan = make_plan(rows, file_states(rows))
     found = Recordings(rows=plan.rows, rejects=Counter(reject.reason for reject in plan.rejects))
     longest = spec.max_seconds if spec else LONGEST

@@ -27,6 +27,7 @@ class DiagnoseRequest:
     Attributes:
         store: prepared data, if any.
         manifest: or what could be prepared.
+        audio_root: of the manifest, see `read_manifest`.
         adapter: folder of an exported adapter, ours or anybody's.
         peft_config: an adapter_config.json alone.
         space: whose every placement is checked, and whose cost is told.
@@ -38,6 +39,7 @@ class DiagnoseRequest:
     trial: TrialConfig
     store: Store | None = None
     manifest: Path | None = None
+    audio_root: Path | None = None
     adapter: Path | None = None
     peft_config: Path | None = None
     space: SearchSpace | None = None
