@@ -266,3 +266,94 @@ def test_a_failure_of_the_whole_search_leaves_its_trial_to_be_resumed(tmp_path: 
     first.on_trial_complete("tune-0", {"fatal": "the disk is full", "final": False})
     assert bench.study().trials[0].state == TrialState.RUNNING
     assert bench.searcher().suggest("tune-1") == suggestion
+
+
+# The copy in memory
+
+
+class MemoryBench(Bench):
+    """A study in SQLite that never waits for a disk."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space, self.objectives = space, BOTH
+        directions = [objective.direction for objective in BOTH]
+        storage = optuna.storages.RDBStorage("sqlite:///:memory:")
+        self._study = optuna.create_study(storage=storage, study_name="s", directions=directions)
+
+    def study(self) -> optuna.Study:
+        return self._study
+
+
+def directly(bench: Bench, trials: int, side_by_side: int) -> list[dict[str, Any]]:
+    """The slow way that the searcher's copy in memory stands for: ask Optuna over the database itself."""
+    study, told, live = bench.study(), list[dict[str, Any]](), list[int]()
+    fixed = list(fixed_configurations().values())
+    for number in range(trials):
+        study.sampler = module.make_sampler(0, number)
+        params = bench.space.params_of(fixed[number]) if number < len(fixed) else None
+        if params is not None:
+            study.enqueue_trial(params)
+        trial = study.ask()
+        inside = number >= len(fixed) or params is not None
+        config = bench.space.sample(trial) if inside else fixed[number]
+        told.append(config.model_dump(mode="json"))
+        live.append(number)
+        if len(live) == side_by_side:
+            oldest = live.pop(0)
+            outcome = result_of({"config": told[oldest]})
+            study.tell(oldest, [outcome[objective.metric] for objective in BOTH])
+    return told
+
+
+def test_suggestions_are_those_of_the_database_itself() -> None:
+    """With trials running side by side, whose parameters the sampler heeds, and a space with conditions."""
+    trials, side_by_side = 3 * module.STARTUP_TRIALS, 4
+    slow, fast = (MemoryBench(load_space("full")) for _ in range(2))
+    expected = directly(slow, trials, side_by_side)
+    searcher, live, told = fast.searcher(trials), list[str](), list[dict[str, Any]]()
+    for number in range(trials):
+        told.append(searcher.suggest(str(number)))
+        live.append(str(number))
+        if len(live) == side_by_side:
+            oldest = live.pop(0)
+            searcher.on_trial_complete(oldest, result_of(told[int(oldest)]))
+    assert [suggestion["config"] for suggestion in told] == expected
+    for kept, reference in zip(fast.study().trials, slow.study().trials, strict=True):
+        assert (kept.number, kept.state, kept.values) == (reference.number, reference.state, reference.values)
+        assert (kept.params, kept.distributions) == (reference.params, reference.distributions)
+
+
+def test_a_suggestion_reads_nothing_from_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading all running trials anew is what made suggestions slow with many of them."""
+    searcher = Bench(tmp_path).searcher(trials=module.STARTUP_TRIALS + 3)
+    run(searcher, most=module.STARTUP_TRIALS + 1)
+
+    def read(*arguments: object, **named: object) -> None:
+        raise AssertionError("read from the database")
+
+    monkeypatch.setattr(searcher.study._storage, "get_all_trials", read)
+    assert searcher.suggest("one")["trial"] != searcher.suggest("another")["trial"]
+
+
+def test_a_database_that_is_away_for_a_moment_loses_no_draw(
+    tmp_path: Path, whole: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searcher = Bench(tmp_path).searcher(TRIALS, seed=3)
+    add, tell, told = searcher.study.add_trial, searcher.study.tell, []
+
+    def away(*arguments: object, **named: object) -> None:
+        raise OSError("no space left")
+
+    for number in range(TRIALS):
+        monkeypatch.setattr(searcher.study, "add_trial", away)
+        with pytest.raises(OSError, match="space"):
+            searcher.suggest(str(number))
+        monkeypatch.setattr(searcher.study, "add_trial", add)
+        told.append(searcher.suggest(str(number)))
+        monkeypatch.setattr(searcher.study, "tell", away)
+        with pytest.raises(OSError, match="space"):
+            searcher.on_trial_complete(str(number), result_of(told[-1]))
+        monkeypatch.setattr(searcher.study, "tell", tell)
+        searcher.on_trial_complete(str(number), result_of(told[-1]))
+    assert told == whole
+    assert searcher.remaining == 0
