@@ -6,6 +6,7 @@ Ray runs what it is sent, so whoever reaches one of its ports runs programs as i
 from __future__ import annotations
 
 import ipaddress
+import os
 from typing import Any
 
 import psutil
@@ -23,10 +24,13 @@ def start_ray(**options: Any) -> Any:
     # Ray replaces loopback there by the machine's own address, except on systems where it makes no clusters.
     clusters = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
+    # Processes of the dashboard connect to the cluster as we do, and would look for it at the machine's address too.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     try:
         return ray.init("local", **options)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
 
 
 def is_loopback(address: str) -> bool:

@@ -28,4 +28,6 @@ class NamedWorkers(ControllerCallback):
             def __repr__(self) -> str:
                 return lane
 
+        # As the dashboard shows the class; by default with all that it is defined in.
+        Lane.__qualname__ = "Lane"
         WorkerGroup._worker_cls = Lane

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from tuner.lanes.capacity import HEAD_NODE
 from tuner.lanes.messages import Update
 
 WAIT_SECONDS = 10.0
@@ -19,6 +20,12 @@ WAIT_SECONDS = 10.0
 
 class TrialClient(tune.Trainable):
     """Config keys: `trial` (id), `config` (`TrialConfig` dump), `coordinator` (actor name), `epochs`."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """No CPU, and on the head. Said here because `tune.with_resources` would hide the class's name from Ray's
+        dashboard behind one of its own."""
+        return tune.PlacementGroupFactory([{"CPU": 0, **HEAD_NODE}])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Forget any lease; the first `step` asks for one."""
