@@ -7,6 +7,7 @@ trial reports its past epochs again and the last line of each (trial, epoch) cou
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ TRIALS_FILE = "trials.parquet"
 FRONT_FILE = "front.json"
 
 Row = dict[str, Any]
+
+_STUDY_NAME = re.compile(r"[^\W_][\w .+=@-]{0,199}")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -45,10 +48,13 @@ def read_study(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StudyError(f"{run_dir}: no study here (no {STUDY_FILE}); `tuner search` makes one")
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StudyError(f"{path}: damaged ({' '.join(str(error).split())}); start a new study") from None
-    return values
+    if not isinstance(values, dict):
+        raise StudyError(f"{path}: damaged (not a JSON object); start a new study")
+    record: dict[str, Any] = values
+    return record
 
 
 class History:
@@ -102,6 +108,19 @@ class History:
             self._epochs[trial, int(event["row"]["epoch"])] = event["row"]
         else:
             self._trials[trial] |= {"state": event["state"], "reason": event["reason"]}
+
+
+def check_study_name(name: str) -> str:
+    """The name, if it can be that of a folder, a job and an actor, and cannot lead anywhere else.
+
+    Raises:
+        StudyError: it begins with something else than a letter or a digit, or holds a slash or another sign.
+    """
+    if not _STUDY_NAME.fullmatch(name):
+        raise StudyError(
+            f"study {name!r}: not a name; take letters, digits and . _ + = @ - beginning with a letter or a digit"
+        )
+    return name
 
 
 class Journal(History):

@@ -92,7 +92,7 @@ class RichView:
         metric = self._state.header.metric
         table = Table("trial", "configuration", expand=True, box=None, header_style="dim")
         for column in ("parameters", "epoch", "loss", metric, "state"):
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(Text(column), justify="right", no_wrap=True)
         room = max(MIN_ROWS, self._console.height - FURNITURE - FRONT_ROWS)
         trials = list(self._state.trials.values())
         running = [trial for trial in trials if trial.state == "running"][-room:]
@@ -120,7 +120,7 @@ def _cells(trial: TrialProgress) -> list[Text]:
 def _front_table(header: StudyHeader, front: list[TrialProgress]) -> Table:
     table = Table("front so far", "configuration", expand=True, box=None, header_style="dim")
     for column in ("parameters", header.metric):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(Text(column), justify="right", no_wrap=True)
     for trial in front:
         recall = f"{trial.last.recall:.3f}" if trial.last else "-"
         table.add_row(Text(trial.trial), Text(trial.summary), f"{trial.parameters:,}", Text(recall, "green"))

@@ -9,6 +9,7 @@ from typing import Any
 from ray import tune
 
 from tuner.records import Journal
+from tuner.redact import printable, redact
 from tuner.report.live import EpochRow, View
 
 # Rewriting the table costs a few milliseconds; more often than this nobody looks.
@@ -112,6 +113,8 @@ class Recorder(tune.Callback):
 
     def _end(self, trial: Any, state: str, reason: str | None) -> None:
         name = trial.config["trial"]
+        # Words of libraries, which may quote addresses and files; from here they go into every record and view.
+        reason = printable(redact(reason)) if reason else None
         self.journal.end(name, state, reason)
         self.view.trial_finished(name, state, reason)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from tuner.redact import printable
 from tuner.report.live import EpochRow, StudyHeader, View
 
 # How Ray's own lines begin in a job's log: of its Python, of its C++, and the stack that this prints when stopped.
@@ -33,9 +34,10 @@ class EventFeed:
         text = COLOURS.sub("", line).strip()
         event = read_event(text)
         if event is not None:
-            self._tell(**event)
+            # What is shown came from another machine, where anybody may have had a hand in it.
+            self._tell(**{name: printable(v) if isinstance(v, str) else v for name, v in event.items()})
         elif text and not RAY_LINE.match(text):
-            self.say(text)
+            self.say(printable(text))
 
     def _tell(self, event: str, **fields: Any) -> None:
         if event == "start":
