@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from tuner.config import EncoderRef
 from tuner.errors import ConfigError
+from tuner.redact import printable, redact
 
 if TYPE_CHECKING:
     from tuner.data.store import Store
@@ -23,31 +26,40 @@ PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 @dataclass(frozen=True)
 class DataChoice:
-    """The options `--data`, `--encoder`, `--text-encoder`, `--pad-to-30s`."""
+    """The options `--data`, `--encoder`, `--text-encoder`, `--pad-to-30s`, `--audio-root`."""
 
     data: str = DEMO
     encoder: str | None = None
     text_encoder: str | None = None
     pad_to_30s: bool = False
+    audio_root: Path | None = None
 
 
 def find_store(choice: DataChoice) -> Path:
     """The prepared store that `--data` names: the demo, a store, or a manifest that is prepared now if need be.
 
     Raises:
-        ConfigError: encoders are not named, or contradict the store.
+        ConfigError: encoders are not named or contradict the store, or there is no manifest for an audio root.
         DataError: as `prepare`.
     """
     from tuner.data.prepare import PrepareOptions
     from tuner.data.store import META_FILE, Store
 
+    path = Path(choice.data)
+    prepared = choice.data == DEMO or (path / META_FILE).is_file()
+    check_audio_root(choice.audio_root, not prepared)
     if choice.data == DEMO:
         return _demo_store(choice)
-    path = Path(choice.data)
-    if (path / META_FILE).is_file():
+    if prepared:
         _check_same_encoders(Store.open(path), choice)
         return path
-    return make_store(path, choice, None, PrepareOptions())
+    return make_store(path, choice, None, PrepareOptions(audio_root=choice.audio_root))
+
+
+def check_audio_root(audio_root: Path | None, manifest: bool) -> None:
+    """Raises: ConfigError: an audio root is given, and no manifest that would be read with it."""
+    if audio_root is not None and not manifest:
+        raise ConfigError(f"--audio-root {audio_root}: is for a manifest, and --data is none; leave it away")
 
 
 def make_store(manifest: Path, choice: DataChoice, out: Path | None, options: object) -> Path:
@@ -120,9 +132,14 @@ def _check_same_encoders(store: Store, choice: DataChoice) -> None:
         )
 
 
+def tell(text: str) -> None:
+    """A line of an answer that holds words of other people, on standard output."""
+    typer.echo(printable(redact(text)))
+
+
 def say(text: str) -> None:
     """A line for people, on standard error, so that standard output stays for programs."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    print(printable(redact(text)), file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.commands.options import study_folder
+from tuner.commands.options import AudioRoot, study_folder
 
 if TYPE_CHECKING:
     from tuner.search.study import SearchRequest
@@ -60,6 +60,7 @@ def search(
     encoder: Annotated[str | None, typer.Option(help="audio encoder; needed when --data is a manifest")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="text encoder; needed when --data is a manifest")] = None,
     pad_to_30s: Annotated[bool, typer.Option("--pad-to-30s", help="the original 30 s window for every clip")] = False,
+    audio_root: AudioRoot = None,
     placement: Placement = None,
     path: EncoderPath = None,
     objective: Objectives = None,
@@ -98,7 +99,7 @@ def search(
     if resume is not None:
         request = resumed_request(study_folder(runs, resume), trials)
     else:
-        choice = DataChoice(data, encoder, text_encoder, pad_to_30s)
+        choice = DataChoice(data, encoder, text_encoder, pad_to_30s, audio_root)
         values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
         values["off_path"] = off_path
         request = _new_request(_load_space(space, placement), choice, path, objective, study, runs, values)
@@ -144,10 +145,11 @@ def _new_request(
     from tuner.commands.inputs import choose_path, find_store
     from tuner.config import RunSettings
     from tuner.data.store import Store
+    from tuner.records import check_study_name
     from tuner.search.study import SearchRequest, check_new
 
     metric, minimise = parse_objectives(objective)
-    run_dir = runs / (study or _free_name(runs, space.name))
+    run_dir = runs / check_study_name(study or _free_name(runs, space.name))
     check_new(run_dir)
     store = find_store(choice)
     encoder = choose_path(Store.open(store).encoder, path, space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -28,6 +29,7 @@ INTERRUPTED = 130
 
 def studies(address: Address) -> None:
     """List the searches of a cluster, the latest first."""
+    from tuner.commands.inputs import tell
     from tuner.service.jobs import connect
 
     rows = [("STUDY", "SPACE", "USER", "STATE", "STARTED (UTC)")]
@@ -36,7 +38,7 @@ def studies(address: Address) -> None:
         rows.append((job.study, job.space, job.user, job.state.lower(), started))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        tell("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def status(study: Study, address: Address) -> None:
@@ -51,27 +53,27 @@ def status(study: Study, address: Address) -> None:
     feed = EventFeed(view, said.append)
     for line in cluster.lines(job):
         feed.line(line)
-    typer.echo(f"study {job.study}, space {job.space}, of {job.user}: {job.state.lower()}")
+    tell(f"study {job.study}, space {job.space}, of {job.user}: {job.state.lower()}")
     progress = view.progress
     if progress is not None:
         states = Counter(trial.state for trial in progress.trials.values())
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
         left = "" if job.ended else f", {describe_time(progress.seconds_left())}"
-        typer.echo(f"{len(progress.trials)} of {progress.header.trials} trials: {counts}{left}")
+        tell(f"{len(progress.trials)} of {progress.header.trials} trials: {counts}{left}")
         for trial in progress.trials.values():
             if trial.reason:
-                typer.echo(f"{trial.trial} {trial.state}: {trial.reason}")
-        typer.echo(
+                tell(f"{trial.trial} {trial.state}: {trial.reason}")
+        tell(
             f"{describe_points(len(progress.front()))} so far:" if not job.ended else "last epochs of the front:"
         )
         for trial in progress.front():
             recall = trial.last.recall if trial.last else float("nan")
-            typer.echo(
+            tell(
                 f"  {trial.trial}  {trial.parameters:>12,}  {progress.header.metric} {recall:.3f}  {trial.summary}"
             )
     for line in said:
         if line.startswith("tuner: "):
-            typer.echo(line)
+            tell(line)
 
 
 def logs(study: Study, address: Address, json: Json = False) -> None:
@@ -84,11 +86,12 @@ def logs(study: Study, address: Address, json: Json = False) -> None:
 
 def stop(study: Study, address: Address) -> None:
     """End a search; what it has trained is kept, and `tuner search --resume` goes on."""
+    from tuner.commands.inputs import tell
     from tuner.service.jobs import connect
 
     cluster = connect(address)
     ended = cluster.stop(cluster.find(study))
-    typer.echo(f"study {study}: {ended.state.lower()}{_how_to_go_on(cluster, ended, address)}")
+    tell(f"study {study}: {ended.state.lower()}{_how_to_go_on(cluster, ended, address)}")
 
 
 def _how_to_go_on(cluster: Cluster, job: StudyJob, address: str) -> str:
@@ -165,7 +168,7 @@ def _follow(cluster: Cluster, job: StudyJob, address: str, json: bool) -> None:
     try:
         ended = cluster.follow(job, EventFeed(view, say).line)
     except KeyboardInterrupt:
-        where = f"{job.study} --address {address}"
+        where = shlex.join([job.study, "--address", address])
         say(f"tuner: the search goes on; follow it with `tuner logs {where}`, end it with `tuner stop {where}`")
         raise typer.Exit(INTERRUPTED) from None
     finally:

@@ -6,6 +6,7 @@ The job is the whole search, its driver on the head; whoever follows it may come
 from __future__ import annotations
 
 import getpass
+import itertools
 import logging
 import os
 import shlex
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError, StudyError
+from tuner.records import check_study_name
+from tuner.redact import holds_secret
 from tuner.service.events import read_event
 from tuner.service.follow import follow_lines, job_lines
 
@@ -108,8 +111,11 @@ class Cluster:
             working_dir: a folder to send along, such as one with the YAML file of a space.
 
         Raises:
-            StudyError: a search of this study runs already.
+            ConfigError: the arguments hold a password or key.
+            StudyError: a search of this study runs already, or the study has no name that can be one.
         """
+        check_study_name(study)
+        _refuse_secrets(arguments)
         for job in self.studies():
             if job.study == study and not job.ended:
                 raise StudyError(
@@ -181,6 +187,16 @@ class Cluster:
                 return now
             time.sleep(STOP_POLL_SECONDS)
         raise StudyError(f"study {job.study}: still running {STOP_SECONDS:.0f} s later; try `tuner stop` again")
+
+
+def _refuse_secrets(arguments: Sequence[str]) -> None:
+    """Everybody on the cluster can read the command line of a job."""
+    for option, value in itertools.pairwise(["", *arguments]):
+        if holds_secret(value):
+            raise ConfigError(
+                f"{option} {value}: holds a password or key, which everybody on the cluster could read; "
+                "leave it away and let the nodes have it in their environment or instance profile"
+            )
 
 
 def _study_job(details: Any) -> StudyJob:
