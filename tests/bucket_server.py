@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -51,6 +53,10 @@ class BucketServer:
     def storage(self, path: str) -> Storage:
         return Storage.parse(self.uri(path))
 
+    def put(self, key: str, content: bytes) -> None:
+        """Put an object there under any key, as other clients than Arrow's can."""
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(BUCKET, key, content)
+
     def start(self) -> None:
         self._server = make_server("127.0.0.1", self._port, self._answer, threaded=True, request_handler=_Quiet)
         self._port = self._server.server_port
@@ -62,6 +68,15 @@ class BucketServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """`stop`, and `start` at the end."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
 
     @contextmanager
     def refusing(self, status: str, code: str, once: Callable[[], bool] = lambda: True) -> Iterator[None]:

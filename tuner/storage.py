@@ -133,8 +133,8 @@ class Storage:
             StorageError: there is no such file, it cannot be written here, or as `upload`.
         """
         staged = local.with_name(f".{local.name}.{uuid.uuid4().hex}{PARTIAL}")
+        _make_folder(local.parent)
         try:
-            _make_folder(local.parent)
             self._try(name, lambda: self._get(name, staged))
             staged.replace(local)
         except FileNotFoundError:
@@ -221,7 +221,7 @@ class Storage:
             try:
                 file = local.open("wb")
             except OSError as error:
-                raise _local_fault(local, error) from None
+                raise _local_fault(local.parent, error) from None
             with file:
                 while left:
                     chunk = source.read_buffer(min(left, CHUNK_BYTES))
@@ -231,7 +231,7 @@ class Storage:
                     try:
                         file.write(chunk)
                     except OSError as error:
-                        raise _local_fault(local, error) from None
+                        raise _local_fault(local.parent, error) from None
 
     def _read(self, name: str) -> bytes:
         with self._reach().open_input_stream(self._path(name)) as source:
@@ -271,8 +271,8 @@ def _make_folder(folder: Path) -> None:
         raise _local_fault(folder, error) from None
 
 
-def _local_fault(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"{path.parent}: cannot be written ({error.strerror}); make room on this machine")
+def _local_fault(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{folder}: cannot be written ({error.strerror}); make room on this machine")
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,160 @@
+"""A study in a storage: its files go there while it runs, and a new head goes on from them.
+
+The run folder is the driver's own. Behind the search, a thread copies what has changed; lanes upload checkpoints by
+themselves (`lanes/files.py`). What a lost head had not copied yet is told again by the checkpoints: they carry their
+history, and the configuration beside each says of which trial it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import StorageError, StudyError
+from tuner.lanes.files import CHECKPOINTS
+from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, read_study
+from tuner.storage import Storage
+
+DATABASE_FILE, REPORT_FILE = "study.db", "report.html"
+MIRROR_SECONDS = 3.0
+# The next turn tries again anyway; and a search that ends badly should not wait for minutes to say so.
+SHORT_PATIENCE = 5.0
+
+logger = logging.getLogger(__name__)
+Config = dict[str, Any]
+
+
+class Mirror:
+    """Copies the files of a study that have changed since the last time."""
+
+    # The journal after the database: a trial that the database calls finished then has its reason in the journal.
+    FILES = (STUDY_FILE, DATABASE_FILE, JOURNAL_FILE, TRIALS_FILE, FRONT_FILE, REPORT_FILE)
+
+    def __init__(self, run_dir: Path, storage: Storage) -> None:
+        self.run_dir, self.storage = run_dir, storage
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    def copy(self, patience: float | None = None) -> None:
+        """Upload every file that has changed.
+
+        Raises:
+            StorageError: the storage is away or full for longer than `patience` (None: its own), or access is denied.
+            sqlite3.Error: the database is busy for longer than SQLite waits.
+        """
+        storage = self.storage if patience is None else self.storage.patient(patience)
+        for name in self.FILES:
+            path = self.run_dir / name
+            if not path.exists():
+                continue
+            state = (path.stat().st_mtime_ns, path.stat().st_size)
+            if self._copied.get(name) == state:
+                continue
+            if name == DATABASE_FILE:
+                with tempfile.TemporaryDirectory() as folder:
+                    storage.upload(snapshot(path, Path(folder) / name), name)
+            else:
+                storage.upload(path, name)
+            self._copied[name] = state
+
+
+def snapshot(database: Path, target: Path) -> Path:
+    """A consistent copy of an SQLite file that is being written."""
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+    return target
+
+
+@contextmanager
+def mirrored(run_dir: Path, storage: Storage | None) -> Iterator[None]:
+    """Keep the storage's copy of a study a few seconds behind, and whole at the end; without a storage, nothing.
+
+    Raises:
+        StorageError: it cannot be written at the start, or not at the end.
+    """
+    if storage is None:
+        yield
+        return
+    mirror, ended = Mirror(run_dir, storage), threading.Event()
+    mirror.copy()
+    thread = threading.Thread(target=_follow, args=(mirror, ended), name="mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        _join(thread, ended)
+        # Whatever ended the search is what the user must hear of.
+        with suppress(StorageError, sqlite3.Error):
+            mirror.copy(SHORT_PATIENCE)
+        raise
+    _join(thread, ended)
+    try:
+        mirror.copy()
+    except StorageError as error:
+        raise StorageError(f"{error}; until then the result is in {run_dir} alone") from None
+
+
+def _follow(mirror: Mirror, ended: threading.Event) -> None:
+    behind = False
+    while not ended.wait(MIRROR_SECONDS):
+        try:
+            mirror.copy(SHORT_PATIENCE)
+            behind = False
+        except (StorageError, sqlite3.Error) as error:
+            if not behind:
+                logger.warning("the study's copy is behind: %s", error)
+            behind = True
+
+
+def _join(thread: threading.Thread, ended: threading.Event) -> None:
+    ended.set()
+    thread.join()
+
+
+def fetch_study(run_dir: Path, storage: Storage) -> None:
+    """Bring a study's files here, unless those here are as new: a copy on which more drivers have worked is newer.
+
+    Raises:
+        StorageError: the storage is away, or access is denied.
+    """
+    theirs = sessions(_parsed(storage.read(STUDY_FILE), str(storage)))
+    ours = sessions(read_study(run_dir)) if (run_dir / STUDY_FILE).is_file() else 0
+    if theirs <= ours:
+        return
+    # The record comes last: without it, this folder holds no study and all is fetched again.
+    (run_dir / STUDY_FILE).unlink(missing_ok=True)
+    names = set(storage.names())
+    for name in (*(name for name in Mirror.FILES if name != STUDY_FILE), STUDY_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+        if name in names:
+            storage.download(name, run_dir / name)
+
+
+def sessions(record: Mapping[str, Any] | None) -> int:
+    """How many drivers have worked on the study of this record; 0 where there is none."""
+    return 0 if record is None else int(record.get("sessions", 1))
+
+
+def _parsed(content: bytes | None, origin: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] | None = json.loads(content) if content is not None else None
+    except ValueError:
+        raise StudyError(f"{origin}/{STUDY_FILE}: damaged; start a new study") from None
+    return record
+
+
+def checkpointed(storage: Storage) -> Mapping[int, Config]:
+    """Configurations of the trials that have begun to leave checkpoints, by number; raises as `Storage.upload`."""
+    files = storage.at(CHECKPOINTS)
+    configs: dict[int, Config] = {}
+    for name in files.names():
+        stem, _, ending = name.rpartition(".")
+        if ending == "json" and stem[:1] == "t" and stem[1:].isdecimal() and (content := files.read(name)) is not None:
+            configs[int(stem[1:])] = json.loads(content)
+    return configs
