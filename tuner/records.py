@@ -64,7 +64,7 @@ class History:
         self.run_dir = run_dir
         self._trials: dict[str, Row] = {}
         self._configs: dict[str, Row] = {}
-        self._epochs: dict[tuple[str, int], Row] = {}
+        self._epochs: dict[str, dict[int, Row]] = {}
         path = run_dir / JOURNAL_FILE
         # A torn line may end inside a character; and a reason may hold what `splitlines` takes for an end of line.
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -80,8 +80,8 @@ class History:
         rows: list[Row] = []
         for trial, facts in sorted(self._trials.items()):
             head = {"trial": trial, "number": int(trial[1:]), **facts}
-            epochs = sorted(epoch for name, epoch in self._epochs if name == trial)
-            rows.extend(head | self._epochs[trial, epoch] for epoch in epochs)
+            epochs = sorted(self._epochs.get(trial, {}).items())
+            rows.extend(head | row for _, row in epochs)
             if not epochs:
                 rows.append(head)
         return rows
@@ -92,8 +92,8 @@ class History:
         for trial, config in self._configs.items():
             facts = self._trials[trial]
             events.append({"event": "trial", "trial": trial, "origin": facts["origin"], "config": config})
-            epochs = sorted(epoch for name, epoch in self._epochs if name == trial)
-            events.extend({"event": "epoch", "trial": trial, "row": self._epochs[trial, epoch]} for epoch in epochs)
+            epochs = sorted(self._epochs.get(trial, {}).items())
+            events.extend({"event": "epoch", "trial": trial, "row": row} for _, row in epochs)
             if facts["state"] != "running":
                 events.append({"event": "end", "trial": trial, "state": facts["state"], "reason": facts["reason"]})
         return events
@@ -105,7 +105,7 @@ class History:
             facts = {"origin": event["origin"], "state": "running", "reason": None}
             self._trials[trial] = facts | flat_config(TrialConfig.model_validate(event["config"]))
         elif event["event"] == "epoch":
-            self._epochs[trial, int(event["row"]["epoch"])] = event["row"]
+            self._epochs.setdefault(trial, {})[int(event["row"]["epoch"])] = event["row"]
         else:
             self._trials[trial] |= {"state": event["state"], "reason": event["reason"]}
 
@@ -139,7 +139,7 @@ class Journal(History):
 
     def epoch(self, trial: str, row: Row) -> bool:
         """An epoch has been reported. False when it was known already."""
-        known = (trial, int(row["epoch"])) in self._epochs
+        known = int(row["epoch"]) in self._epochs.get(trial, {})
         if not known:
             self._write({"event": "epoch", "trial": trial, "row": row})
         return not known
