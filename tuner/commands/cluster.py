@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Check files that bring up a cluster; monitor one.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check files that bring up a cluster; monitor one; leave spot machines in time.", no_args_is_help=True
+)
 
 RayTemp = Annotated[Path, typer.Option(help="--temp-dir of `ray start`")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="on loopback")]
@@ -49,3 +51,18 @@ def monitoring(
         f"--web.listen-address={LOOPBACK}:{prometheus_port}"
     )
     typer.echo(f"grafana server --homepath /usr/share/grafana --config {where / GRAFANA_FILE}")
+
+
+@app.command()
+def spot_watch(
+    cloud: Annotated[str, typer.Option(help="whose machine this is: aws or gcp")],
+    address: Annotated[str, typer.Option(help="the head, as `ray start` has it")] = "auto",
+    node: Annotated[str | None, typer.Option(help="id of the Ray node to drain; default: this machine's")] = None,
+    metadata: Annotated[str | None, typer.Option(help="address of the metadata service; default: the cloud's")] = None,
+) -> None:
+    """Wait for the notice that this spot machine is taken back, and have its lanes leave in time."""
+    from tuner.commands.inputs import say
+    from tuner.service.spot import METADATA, cloud_named, drain_node, watch
+
+    known = cloud_named(cloud)
+    watch(known, metadata or METADATA[known], lambda notice: drain_node(address, node, notice), say)
