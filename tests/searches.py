@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import pyarrow.parquet as pq
 from conftest import Tiny
 
 STUDY = "study"
-PATIENCE = 180.0  # seconds for anything that a search does, on a busy machine
+# Ray names a process after its actor, and a lane's after the lane.
+LANE_WORKER = re.compile(r"ray::tuner-lane-")
+PATIENCE = 300.0  # seconds for anything that a search does, on a busy machine
 # Prints what a driver has imported, after the command has ended as it would.
 SCRIPT = """
 import json, sys
@@ -127,6 +130,11 @@ class Driver:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+    def lane_worker(self) -> psutil.Process:
+        """The process that trains: the only lane's only worker."""
+        (worker,) = (p for p in self.descendants() if LANE_WORKER.match(" ".join(p.cmdline())))
+        return worker
 
     def kill(self) -> None:
         """SIGKILL, like a power cut for the driver and Ray's daemons; its workers notice and end."""

@@ -237,8 +237,7 @@ def killed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     runs = Runs(tmp_path_factory.mktemp("killed"), tiny)
     with runs.driver(*runs.new("--trials", TRIALS, "--epochs", LONG)) as driver:
         at_worker = driver.until(lambda epochs: ("t0001", 3) in epochs)
-        (worker,) = (p for p in driver.descendants() if "RayTrainWorker" in " ".join(p.cmdline()))
-        worker.kill()
+        driver.lane_worker().kill()
         epochs = driver.until(lambda epochs: ("t0002", 3) in epochs)
         driver.kill()
     at_driver = runs.journal()

@@ -1,0 +1,146 @@
+"""A Ray cluster of several nodes on this machine: a head without CPUs, and worker nodes that can be lost one by one.
+
+Each node has a raylet of its own, and whatever that starts; Ray tells them apart as it would machines. They share this
+machine's cores, disk and clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LANE, COORDINATOR = "Lane", "Coordinator"  # classes of actors
+PATIENCE = 120.0
+
+
+class LocalCluster:
+    """The nodes, by Ray's own `cluster_utils`."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.nodes: list[Any] = []
+        self._cluster: Any = None
+
+    @property
+    def address(self) -> str:
+        """Where a driver connects."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self, nodes: int) -> None:
+        """Bring up a head and so many worker nodes with one CPU each."""
+        from ray.cluster_utils import Cluster
+
+        # Ray starts the dashboard's other half in any case; 8265 may be another cluster's.
+        head = {"num_cpus": 0, "gcs_server_port": self.port, "include_dashboard": False, "dashboard_port": free_port()}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**head, **self._common()})
+        for _ in range(nodes):
+            self.add_node()
+
+    def add_node(self) -> None:
+        """A worker node more."""
+        self.nodes.append(self._cluster.add_node(num_cpus=1, **self._common()))
+
+    def _common(self) -> dict[str, Any]:
+        return {"node_ip_address": "127.0.0.1", "temp_dir": str(self.folder / "ray")}
+
+    def kill_node(self, node: Any) -> None:
+        """SIGKILL for everything a node runs, like a machine that is switched off."""
+        self.nodes.remove(node)
+        kill([process.pid for process in _family(_raylet(node))])
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def kill_head(self) -> None:
+        """SIGKILL for the head's control service, raylet and all they run; worker nodes find out for themselves."""
+        head = self._cluster.head_node
+        kill([process.pid for process in _family(_raylet(head))])
+        head.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+    def stop(self) -> None:
+        """Nothing is left of it."""
+        for node in [*self.nodes, *([self._cluster.head_node] if self._cluster else [])]:
+            pids = [process.pid for process in _family(_raylet(node))]
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+            kill(pids)
+        self.nodes, self._cluster = [], None
+
+    def actors(self, name: str) -> dict[int, str]:
+        """Process id and node id of each actor of a class that runs."""
+        table = self._cluster.global_state.actor_table(None).values()
+        alive = [actor for actor in table if actor["State"] == "ALIVE" and actor["ActorClassName"] == name]
+        return {actor["Pid"]: actor["Address"]["NodeID"] for actor in alive}
+
+    def lane_node(self) -> Any:
+        """The worker node that the only lane is on, None while it is on none."""
+        places = set(self.actors(LANE).values())
+        return next((node for node in self.nodes if node.node_id in places), None)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _raylet(node: Any) -> int:
+    ((process, *_),) = [infos for kind, infos in node.all_processes.items() if kind == "raylet"]
+    return int(process.process.pid)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
+
+
+def kill(pids: list[int]) -> None:
+    """SIGKILL for these processes, and wait until they have gone."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            processes.append(psutil.Process(pid))
+            os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=PATIENCE)
+
+
+def until(reached: Callable[[], object], what: str, seconds: float = PATIENCE) -> Any:
+    """Ask again and again until the answer is true, and return it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := reached():
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+
+
+@contextmanager
+def local_cluster(nodes: int) -> Iterator[LocalCluster]:
+    """A cluster with so many worker nodes, and nothing left of it afterwards."""
+    # Ray's sockets may have 107 characters, and its note of the latest cluster must not be everyone's.
+    folder = Path(tempfile.mkdtemp(prefix="tuner-"))
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = str(folder)
+    cluster = LocalCluster(folder, free_port())
+    try:
+        cluster.start(nodes)
+        yield cluster
+    finally:
+        cluster.stop()
+        if before is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
