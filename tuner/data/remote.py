@@ -83,7 +83,7 @@ def _remote_meta(storage: Storage) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         return None
     # They become names of folders and files here, and the bucket may be somebody else's.
-    plain = all(isinstance(name, str) and name not in (".", "..") and Path(name).name == name for name in names)
+    plain = all(isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names)
     return meta if plain else None
 
 

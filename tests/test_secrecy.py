@@ -1,0 +1,292 @@
+"""What a user alone knows is shown to nobody; what others wrote is shown as text; nobody else can connect."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import psutil
+import pytest
+from conftest import Tiny
+from searches import Runs
+from test_jobs import Head
+
+from tuner import cli
+from tuner.config import EncoderRef
+from tuner.encoders.registry import inspect_encoder
+from tuner.errors import ConfigError, EncoderError, StudyError
+from tuner.records import JOURNAL_FILE, Journal, check_study_name
+from tuner.report.live import EpochRow, JsonView, PlainView, StudyHeader, make_view
+from tuner.report.terminal import RichView
+from tuner.search.callback import Recorder
+from tuner.service import jobs
+from tuner.service.events import EventFeed
+from tuner.service.jobs import Cluster
+
+SECRET = "hunter2hunter2"
+URLS = [f"https://me:{SECRET}@127.0.0.1:9", f"s3://KEY:{SECRET}@bucket/x", f"s3://bucket/x?secret_key={SECRET}"]
+# Colours, a window title, a line that hides itself, a mark that reorders, and what rich takes for markup.
+CONTROLS = "\x1b[31m \x1b]0;pwned\x07 \x9b2K over\rwritten a\u202ecod.exe [link=http://x]click[/link] [bold]"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["tuner", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+# Passwords and keys
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize(
+    "option", ["--data", "--encoder", "--text-encoder", "--storage", "--runs", "--study", "--space"]
+)
+def test_no_command_shows_a_secret(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    url: str,
+) -> None:
+    """Nor leaves it on the disk: whatever option it was given with, the search is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    given = {"--data": tiny.store_folder, "--trials": 1} | {option: url}
+    assert run(monkeypatch, "search", *[part for pair in given.items() for part in pair]) == 2
+    printed = capsys.readouterr()
+    assert SECRET not in printed.out + printed.err
+    assert printed.err.count("\n") == 1
+    assert not [path for path in tmp_path.rglob("*") if SECRET in str(path)]
+
+
+@pytest.mark.parametrize("command", ["search --runs /r --data /d", "studies", "status s", "logs s", "stop s"])
+def test_an_address_with_a_password_is_not_shown(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody answers there, and the libraries that say so know the whole address."""
+    assert run(monkeypatch, *command.split(), "--address", f"http://me:{SECRET}@127.0.0.1:9") == 2
+    printed = capsys.readouterr()
+    assert "http://***@127.0.0.1:9" in printed.err
+    assert SECRET not in printed.out + printed.err
+
+
+def test_a_hub_that_fails_does_not_tell_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(f"no answer from {URLS[0]}/api with Bearer hf_{SECRET}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(EncoderError, match="the hub did not deliver it") as raised:
+        inspect_encoder(EncoderRef(source="openai/whisper-tiny"))
+    assert SECRET not in str(raised.value)
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
+    head = Head([], [None])
+    head.status = "SUCCEEDED"
+    monkeypatch.setattr(jobs, "connect", lambda address: Cluster(head))  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    return head
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("option", ["--data", "--encoder", "--runs", "--storage", "--objective"])
+def test_no_secret_becomes_part_of_a_job(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, url: str
+) -> None:
+    """Entry point and metadata are on the cluster's dashboard."""
+    given = {"--data": "/d", "--runs": "/r", "--study": "s"} | {option: url}
+    arguments = [part for pair in given.items() for part in pair]
+    assert run(monkeypatch, "search", "--address", "http://head:8265", *arguments) == 2
+    assert SECRET not in capsys.readouterr().err
+    assert head.submitted == []
+
+
+def test_what_a_job_would_show_says_what_to_do(head: Head) -> None:
+    with pytest.raises(ConfigError, match=r"--encoder .*everybody on the cluster could read; leave it away and let the"):
+        Cluster(head).submit("s", "full", "e", ["--encoder", URLS[0]], None)  # type: ignore[arg-type]
+
+
+def test_tokens_stay_out_of_jobs(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HF_TOKEN", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, SECRET)
+    arguments = ["--data", "/d", "--runs", "/r", "--study", "s"]
+    assert run(monkeypatch, "search", "--address", "http://head:8265", *arguments) == 0
+    assert SECRET not in repr(head.submitted)
+
+
+def test_a_name_cannot_leave_its_place_in_a_command(head: Head) -> None:
+    arguments = ["--data", "/d; rm -rf ~", "--runs", "/r $(id)", "--space", "a'b.yaml"]
+    Cluster(head).submit("s", "full", "e", arguments, None)  # type: ignore[arg-type]
+    assert shlex.split(head.submitted[0]["entrypoint"])[-6:] == arguments
+
+
+# Reasons of failures, in every record and view
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[Path, str]:
+    """A journal's folder and what a view showed, of a trial that failed with the worst of reasons."""
+    shown = io.StringIO()
+    view, journal = PlainView(shown), Journal(tmp_path)
+    view.start(StudyHeader("s", "full", "recall@10", 1, 1, None, "runs/s"))
+    recorder = Recorder(journal, view, "recall@10", lambda config: 1, lambda: None)
+    config = {"trial": "t0000", "origin": "sampled", "config": TRIAL, "epochs": 1}
+    trial = SimpleNamespace(config=config, last_result={"failed": f"no answer from {URLS[0]} {CONTROLS}"})
+    recorder.on_trial_start(0, [], trial)
+    recorder.on_trial_complete(0, [], trial)
+    journal.close()
+    return tmp_path, shown.getvalue()
+
+
+TRIAL: dict[str, Any] = {
+    "lora": None,
+    "optim": {"lora_lr": 1e-3},
+}
+
+
+def test_a_reason_is_recorded_without_secrets_and_controls(recorded: tuple[Path, str]) -> None:
+    folder, shown = recorded
+    journal = json.loads((folder / JOURNAL_FILE).read_text().splitlines()[-1])["reason"]
+    for text in (journal, shown):
+        assert "no answer from https://***@127.0.0.1:9 \\x1b[31m" in text
+        assert SECRET not in text
+        assert not set(text) & set("\x1b\x07\x9b\r\u202e")
+    assert not [path for path in folder.iterdir() if SECRET.encode() in path.read_bytes()]
+
+
+# Words from a cluster
+
+
+def hostile_events() -> list[str]:
+    """A search's output as somebody would write it who is after the terminal that shows it."""
+    out = io.StringIO()
+    view = JsonView(out)
+    view.start(StudyHeader(CONTROLS, CONTROLS, CONTROLS, 2, 2, CONTROLS, CONTROLS))
+    view.trial_started("t0000", CONTROLS, CONTROLS, 7)
+    view.epoch(EpochRow("t0000", 1, 2, 0.5, 0.25, CONTROLS, 1.0, 7))
+    view.message(CONTROLS)
+    view.trial_finished("t0000", "failed", CONTROLS)
+    return [*out.getvalue().splitlines(), f"tuner: {CONTROLS}"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+def test_a_cluster_cannot_write_on_this_terminal(kind: str) -> None:
+    """Its words arrive, escaped; nothing of them is obeyed by the terminal or by rich."""
+    stream = Terminal()
+    view = make_view(kind, stream)  # type: ignore[arg-type]
+    said: list[str] = []
+    feed = EventFeed(view, said.append)
+    for line in hostile_events():
+        feed.line(line)
+    view.close()
+    told = stream.getvalue() + "".join(said)
+    assert not set(told) & set("\x07\x9b\u202e")
+    assert "\x1b[31m" not in told and "\x1b]" not in told
+    assert "\\x1b[31m" in told
+    assert "[bold]" in told and "\x1b]8;" not in told, "markup is text, and no link is made"
+    assert said[0].startswith("tuner:  \\x1b]0;pwned\\x07 \\x9b2K over"), "colours are taken away before"
+
+
+def test_rich_shows_markup_of_a_local_search_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    view = RichView(stream)
+    view.start(StudyHeader("[bold]s[/bold]", "full", "[link=http://x]recall[/link]", 1, 1, None, "runs/[red]s"))
+    view.trial_started("t0000", "sampled", "[bold]summary[/bold]", 7)
+    view.trial_finished("t0000", "failed", "[blink]reason[/blink] [/nothing]")
+    view.close()
+    told = stream.getvalue()
+    for text in ("[bold]s[/bold]", "[bold]summary", "[blink]reason[/blink] [/nothing]", "runs/[red]s"):
+        assert text in told
+    assert "\x1b]8;" not in told
+
+
+def test_lists_of_a_cluster_are_text(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head.status, head.log = "RUNNING", ["\n".join(hostile_events())]
+    head.space = CONTROLS
+    for command in ("studies", "status s", "stop s"):
+        assert run(monkeypatch, *command.split(), "--address", "http://head:8265") == 0
+        printed = capsys.readouterr()
+        assert not set(printed.out + printed.err) & set("\x1b\x07\x9b\r\u202e")
+        assert command == "stop s" or "\\x1b[31m" in printed.out
+
+
+# Names of studies
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "/x", "..", ".", ".hidden", "-x", "", "a\nb", "a\0b", "a\x1b[1m", "x" * 201]
+)
+def test_a_study_has_a_name_and_no_path(
+    name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StudyError, match="not a name; take letters, digits and"):
+        check_study_name(name)
+    if not name:
+        return
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(monkeypatch, "search", "--data", tiny.store_folder, f"--study={name}") == 2
+    assert "not a name" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["demo", "full-2", "7 März_v1.2+x@y=z", "漢字", "x" * 200])
+def test_ordinary_names_are_taken(name: str) -> None:
+    assert check_study_name(name) == name
+
+
+@pytest.mark.parametrize("option", ["--study", "--resume"])
+def test_a_job_has_no_path_for_a_name(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    given = ("--address", "http://head:8265", "--data", "/d", "--runs", "/r", option, "../x")
+    assert run(monkeypatch, "search", *given) == 2
+    assert "study '../x': not a name" in capsys.readouterr().err
+    assert head.submitted == []
+
+
+# Who can connect
+
+
+@pytest.mark.timeout(600)
+def test_a_search_listens_on_loopback_alone(tiny: Tiny, tmp_path: Path) -> None:
+    """Ray's servers, its workers, and the process group of a lane of two workers, while they train."""
+    runs = Runs(tmp_path, tiny)
+    with runs.driver(*runs.new("--trials", 2, "--epochs", 40, "--workers", 2)) as driver:
+        driver.until(lambda epochs: len(epochs) > 1)
+        listening = sockets([psutil.Process(driver.process.pid), *driver.descendants()])
+    assert {name.split("::")[0] for name, _ in listening} >= {"gcs_server", "raylet", "ray"}
+    assert [entry for entry in listening if entry[1] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")] == []
+
+
+def sockets(processes: list[psutil.Process]) -> list[tuple[str, str]]:
+    """Name of the process and address of each socket that others could connect or write to."""
+    found = []
+    for process in processes:
+        try:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN or (connection.laddr and not connection.raddr):
+                    found.append((process.name(), connection.laddr.ip))
+        except psutil.NoSuchProcess:
+            continue
+    return found
