@@ -6,6 +6,7 @@ than `PATIENCE_SECONDS` ends the search with a sentence, and `--resume` goes on 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TypeVar
 
 from tuner.errors import StudyError, first_line
 
-PATIENCE_SECONDS = 120.0
+# Shared with `tuner.storage`, which waits for buckets as this does for disks.
+PATIENCE_SECONDS = float(os.environ.get("TUNER_STORAGE_PATIENCE", "120"))
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10.0
 
 T = TypeVar("T")
@@ -48,7 +50,8 @@ class Patience:
                 result = attempt()
             except troubles as error:
                 reason = first_line(error)
-                if time.monotonic() - started > PATIENCE_SECONDS:
+                # Waited for in vain once, it is not waited for again while the search ends.
+                if self.exhausted or time.monotonic() - started > PATIENCE_SECONDS:
                     self.exhausted = (
                         f"{path}: the storage has failed for {PATIENCE_SECONDS:.0f} s ({reason}); free space or mend it"
                     )

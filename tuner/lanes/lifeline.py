@@ -15,6 +15,8 @@ import ray
 
 # Longer than a restart of Ray's control service with its state kept, shorter than Ray's own minute.
 LOST_SECONDS = 30.0
+# A cluster that is there answers sooner.
+ANSWER_SECONDS = 10.0
 PING_SECONDS = 1.0
 
 
@@ -22,17 +24,20 @@ class Lifeline:
     """Watches the node that this driver is connected to, from `start` to `close`.
 
     Args:
-        lost: called once, on a thread, when the cluster has not known the node for `LOST_SECONDS`; it should end the
-            process.
+        lost: called when the cluster has not known the node for `LOST_SECONDS`, on a thread; it should end the process.
+            None: nothing is watched.
     """
 
-    def __init__(self, lost: Callable[[], None]) -> None:
+    def __init__(self, lost: Callable[[], None] | None) -> None:
         self.lost = lost
-        self._closed = threading.Event()
+        self._closed, self._started = threading.Event(), False
         self._heard = time.monotonic()
 
     def start(self) -> None:
         """Begin to watch; Ray must be up."""
+        if self.lost is None:
+            return
+        self._started = True
         node = ray.get_runtime_context().get_node_id()
         self._heard = time.monotonic()
         for watch, arguments in ((self._ping, (node,)), (self._wait, ())):
@@ -42,14 +47,18 @@ class Lifeline:
         """Stop watching."""
         self._closed.set()
 
-    def broken(self) -> bool:
-        """Whether the cluster is silent now: an error that came before silence was noticed is its doing."""
+    def end_if_broken(self) -> None:
+        """End the process if the cluster is silent now: an error that came before that was noticed is its doing."""
         asked = time.monotonic()
-        while time.monotonic() - asked < LOST_SECONDS / 3:
-            if self._heard > asked:
-                return False
+        while self._started and self._heard < asked:
+            if time.monotonic() - asked > ANSWER_SECONDS:
+                self._end()
+                return
             time.sleep(PING_SECONDS / 10)
-        return True
+
+    def _end(self) -> None:
+        if self.lost is not None:
+            self.lost()
 
     def _ping(self, node: str) -> None:
         # A thread of its own: the question itself waits when nobody is there to answer.
@@ -62,5 +71,5 @@ class Lifeline:
     def _wait(self) -> None:
         while not self._closed.wait(PING_SECONDS):
             if time.monotonic() - self._heard > LOST_SECONDS:
-                self.lost()
+                self._end()
                 return

@@ -1,0 +1,276 @@
+"""A driver's files on a disk that is full or away, one driver a study, and a driver whose cluster has gone."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pyarrow.parquet as pq
+import pytest
+from optuna.trial import TrialState
+from sqlalchemy import event
+
+from tuner import outage
+from tuner.config import TrialConfig
+from tuner.errors import StudyError
+from tuner.lanes import lifeline as lifeline_module
+from tuner.lanes.lifeline import Lifeline
+from tuner.outage import Patience
+from tuner.records import Journal
+from tuner.search.driver_lock import only_driver
+from tuner.search.study import open_storage
+
+CONFIG = TrialConfig().model_dump(mode="json")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that sleeps at once; `on_sleep` is what happens meanwhile."""
+    hand = SimpleNamespace(now=1000.0, on_sleep=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        hand.now += seconds
+        hand.on_sleep()
+
+    monkeypatch.setattr(outage, "time", SimpleNamespace(monotonic=lambda: hand.now, sleep=sleep))
+    return hand
+
+
+class SmallDisk(io.FileIO):
+    """A file on a disk with room for so many bytes more: what fits is written, then writing fails."""
+
+    room = 0
+
+    def write(self, data: Any) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = super().write(memoryview(data)[: self.room])
+        self.room -= written
+        return written
+
+
+def test_a_journal_on_a_full_disk_goes_on_where_it_stopped(tmp_path: Path, clock: SimpleNamespace) -> None:
+    """In the middle of a line; once there is room, the rest of that very line follows."""
+    said: list[str] = []
+    with closing(Journal(tmp_path, Patience(said.append))) as journal:
+        journal.trial("t0000", "sampled", CONFIG)
+        journal._file.close()
+        journal._file = disk = SmallDisk(tmp_path / "journal.jsonl", "ab")
+        disk.room = 10
+        clock.on_sleep = lambda: setattr(disk, "room", 10_000)
+        journal.epoch("t0000", {"epoch": 1, "loss": 0.5})
+    with closing(Journal(tmp_path)) as again:
+        assert [row["epoch"] for row in again.rows()] == [1]
+    lines = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert "journal.jsonl: OSError: [Errno 28] No space left" in said[0]
+
+
+def test_a_disk_that_stays_full_is_one_sentence_and_leaves_a_whole_journal(
+    tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    journal = Journal(tmp_path, Patience(lambda text: None))
+    journal.trial("t0000", "sampled", CONFIG)
+    journal._file.close()
+    journal._file = disk = SmallDisk(tmp_path / "journal.jsonl", "ab")
+    disk.room = 10
+    with pytest.raises(StudyError, match="the storage has failed for 120 s"):
+        journal.epoch("t0000", {"epoch": 1, "loss": 0.5})
+    waited = clock.now
+    journal.close()
+    assert clock.now == waited, "what has been waited for in vain is not waited for again"
+    with closing(Journal(tmp_path)) as again:
+        assert [row.get("epoch") for row in again.rows()] == [None]
+        assert again.epoch("t0000", {"epoch": 1, "loss": 0.5}), "the epoch is told again by a resumed study"
+    with closing(Journal(tmp_path)) as last:
+        assert [row["epoch"] for row in last.rows()] == [1]
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+    journal.trial("t0000", "sampled", CONFIG)
+    journal.write_parquet()
+    journal.epoch("t0000", {"epoch": 1, "loss": 0.5})
+
+    def write(table: Any, path: Path) -> None:
+        path.write_bytes(b"half a table")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(pq, "write_table", write)
+        with pytest.raises(StudyError, match=r"trials\.parquet: the storage has failed"):
+            journal.write_parquet()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    assert "loss" not in pq.read_table(tmp_path / "trials.parquet").column_names
+    journal.close()
+    assert "loss" in pq.read_table(tmp_path / "trials.parquet").column_names
+
+
+# The study's database
+
+
+ROOM = 100_000  # pages of a database with room for all that is asked of it
+
+
+class Database:
+    """A study whose database may have so many pages: SQLite's own `database or disk is full`, as of a full disk."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        storage = open_storage(folder, Patience(say))
+        self.study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
+        self.pages = ROOM
+        event.listen(storage.engine, "checkout", self._limit)
+
+    def _limit(self, connection: Any, *_: object) -> None:
+        connection.execute(f"PRAGMA max_page_count = {self.pages}")
+
+    def add_trial(self) -> int:
+        trial = self.study.ask()
+        trial.set_user_attr("config", "x" * 20_000)
+        self.study.tell(trial, 1.0)
+        return trial.number
+
+
+def test_a_full_database_waits(tmp_path: Path, clock: SimpleNamespace) -> None:
+    said: list[str] = []
+    database = Database(tmp_path, said.append)
+    clock.on_sleep = lambda: setattr(database, "pages", ROOM)
+    numbers = []
+    for _ in range(3):
+        database.pages = 1
+        numbers.append(database.add_trial())
+    assert numbers == [0, 1, 2], "an attempt that failed leaves no trial"
+    assert "study.db: OperationalError: (sqlite3.OperationalError) database or disk is full" in said[0]
+    trials = Database(tmp_path, said.append).study.trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+
+
+def test_a_database_that_stays_full_is_one_sentence(tmp_path: Path, clock: SimpleNamespace) -> None:
+    database = Database(tmp_path, lambda text: None)
+    database.pages = 1
+    with pytest.raises(StudyError, match=r"study\.db: the storage has failed for 120 s .*disk is full"):
+        database.add_trial()
+    database.pages = ROOM
+    assert database.add_trial() > 0, "the file is whole"
+
+
+def test_mistakes_are_not_waited_for(tmp_path: Path, clock: SimpleNamespace) -> None:
+    before = clock.now
+    study = Database(tmp_path, lambda text: None).study
+    trial = study.ask()
+    study.tell(trial, 1.0)
+    with pytest.raises(ValueError, match="Cannot tell a COMPLETE trial"):
+        study.tell(trial, 2.0)
+    assert clock.now == before
+
+
+# One driver a study
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tuner.search.driver_lock import only_driver
+with only_driver(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_study_has_one_driver_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "study"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StudyError, match="study study: another process is searching it"), only_driver(run_dir):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with only_driver(run_dir), only_driver(tmp_path / "runs" / "other"):
+        pass
+
+
+# A cluster that has gone
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A lifeline that asks often; `answer` is what the cluster answers."""
+    cluster = SimpleNamespace(answer=lambda: [{"NodeID": "here", "Alive": True}])
+    context = SimpleNamespace(get_node_id=lambda: "here")
+
+    def nodes() -> list[dict[str, Any]]:
+        answer: list[dict[str, Any]] = cluster.answer()
+        return answer
+
+    monkeypatch.setattr(lifeline_module, "ray", SimpleNamespace(get_runtime_context=lambda: context, nodes=nodes))
+    for name, seconds in (("LOST_SECONDS", 0.5), ("PING_SECONDS", 0.01), ("ANSWER_SECONDS", 0.5)):
+        monkeypatch.setattr(lifeline_module, name, seconds)
+    return cluster
+
+
+def hang() -> list[dict[str, Any]]:
+    threading.Event().wait(30)
+    return []
+
+
+def fail() -> list[dict[str, Any]]:
+    raise RuntimeError("no answer")
+
+
+SILENCES: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "it does not answer": hang,
+    "it fails": fail,
+    "a new one has taken its place": list,
+    "the node is dead": lambda: [{"NodeID": "here", "Alive": False}],
+}
+
+
+@pytest.mark.parametrize("silence", SILENCES)
+def test_a_driver_learns_that_its_cluster_has_gone(fast: SimpleNamespace, silence: str) -> None:
+    lost = threading.Event()
+    with closing(Lifeline(lost.set)) as lifeline:
+        lifeline.start()
+        lifeline.end_if_broken()
+        assert not lost.is_set()
+        fast.answer = SILENCES[silence]
+        assert lost.wait(20)
+
+
+def test_an_error_before_the_silence_is_noticed_is_the_clusters_doing(fast: SimpleNamespace) -> None:
+    lost: list[float] = []
+    with closing(Lifeline(lambda: lost.append(time.monotonic()))) as lifeline:
+        lifeline.start()
+        fast.answer = fail
+        lifeline.end_if_broken()
+        assert lost
+
+
+def test_a_search_that_fails_by_itself_keeps_its_own_error(fast: SimpleNamespace) -> None:
+    lost: list[bool] = []
+    with closing(Lifeline(lambda: lost.append(True))) as lifeline:
+        lifeline.end_if_broken()  # before Ray is up
+        lifeline.start()
+        lifeline.end_if_broken()
+    assert not lost
+
+
+def test_the_patience_can_be_set(tmp_path: Path) -> None:
+    script = "from tuner.outage import PATIENCE_SECONDS; print(PATIENCE_SECONDS)"
+    given = {**os.environ, "TUNER_STORAGE_PATIENCE": "7"}
+    done = subprocess.run([sys.executable, "-c", script], env=given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "7.0"

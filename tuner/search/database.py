@@ -1,0 +1,62 @@
+"""The study's database, which waits for its disk instead of ending a search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import OperationalError
+
+from tuner.outage import Patience
+
+
+class PatientStorage(RDBStorage):
+    """Optuna's SQLite storage; a full disk, a locked file, a file server that is away are waited out.
+
+    Each of its calls is one transaction, rolled back when it fails, so it can be made again.
+
+    Raises:
+        StudyError: the disk stays full or away (from every call).
+    """
+
+    def __init__(self, path: Path, patience: Patience) -> None:
+        self._path, self._patience = path.resolve(), patience
+        patience.outlast(self._path, lambda: RDBStorage.__init__(self, f"sqlite:///{self._path}"), (OperationalError,))
+
+
+def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def waiting(self: PatientStorage, *arguments: Any, **options: Any) -> Any:
+        def attempt() -> Any:
+            try:
+                return call(self, *arguments, **options)
+            except StorageInternalError as error:
+                # Optuna gives a full disk and a value that is too long the same name.
+                raise (error.__cause__ or error) from None
+
+        return self._patience.outlast(self._path, attempt, (OperationalError,))
+
+    return waiting
+
+
+# What a search asks of it, through Optuna's cache of finished trials.
+for _name in (
+    "create_new_study",
+    "get_study_id_from_name",
+    "get_study_directions",
+    "get_study_system_attrs",
+    "set_study_system_attr",
+    "get_all_studies",
+    "_create_new_trial",
+    "_set_trial_param",
+    "set_trial_state_values",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "get_trial",
+    "_get_trials",
+):
+    setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
