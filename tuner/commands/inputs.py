@@ -19,6 +19,7 @@ from tuner.redact import printable, redact
 if TYPE_CHECKING:
     from tuner.data.store import Store
     from tuner.space import SearchSpace
+    from tuner.storage import Storage
 
 DEMO = "demo"
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
@@ -36,16 +37,18 @@ class DataChoice:
 
 
 def find_store(choice: DataChoice) -> Path:
-    """The prepared store that `--data` names: the demo, a store, or a manifest that is prepared now if need be.
+    """The prepared store that `--data` names, here: the demo, a store, or a manifest that is prepared now if need be.
 
     Raises:
         ConfigError: encoders are not named or contradict the store, or there is no manifest for an audio root.
         DataError: as `prepare`.
     """
     from tuner.data.prepare import PrepareOptions
+    from tuner.data.remote import fetch_store
     from tuner.data.store import META_FILE, Store
+    from tuner.storage import is_uri
 
-    path = Path(choice.data)
+    path = fetch_store(choice.data) if is_uri(choice.data) else Path(choice.data)
     prepared = choice.data == DEMO or (path / META_FILE).is_file()
     check_audio_root(choice.audio_root, not prepared)
     if choice.data == DEMO:
@@ -54,6 +57,27 @@ def find_store(choice: DataChoice) -> Path:
         _check_same_encoders(Store.open(path), choice)
         return path
     return make_store(path, choice, None, PrepareOptions(audio_root=choice.audio_root))
+
+
+def place_of(store: Path, data: str, storage: Storage | None) -> str:
+    """Where the lanes of a search find its store: as `--data` says, but what was prepared into this machine's own cache
+    is put into the storage, if there is one.
+
+    Raises:
+        StorageError: it is away or full, or access is denied.
+    """
+    from tuner.data.cache import cache_root
+    from tuner.data.remote import STORES, upload_store
+    from tuner.storage import is_uri
+
+    if is_uri(data):
+        return data
+    store = store.resolve()
+    if storage is None or not store.is_relative_to((cache_root() / STORES).resolve()):
+        return str(store)
+    place = storage.at(STORES, store.name)
+    upload_store(store, place)
+    return place.place
 
 
 def check_audio_root(audio_root: Path | None, manifest: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +13,17 @@ import optuna
 from tuner.config import LoraSpec, RunSettings, TrialConfig
 from tuner.data.store import Store
 from tuner.encoders.spec import EncoderSpec
-from tuner.errors import StudyError
+from tuner.errors import StorageError, StudyError
 from tuner.lanes.fleet import FleetOptions
 from tuner.lora.placement import trainable_parameters
+from tuner.outage import Patience
 from tuner.records import STUDY_FILE, read_study, write_json
 from tuner.search.confirm import BASELINE, RECOMMENDED
+from tuner.search.database import PatientStorage
+from tuner.search.mirror import SHORT_PATIENCE, fetch_study, sessions
 from tuner.search.searcher import Objective
 from tuner.space import SearchSpace
+from tuner.storage import Storage
 
 PARAMETERS = "trainable_parameters"
 # The strategy document's recommendation: rank 16, alpha 32, dropout 0.1 on the attention projections of every block.
@@ -29,7 +34,12 @@ RECOMMENDATION = LoraSpec(
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What `tuner search` was asked for."""
+    """What `tuner search` was asked for.
+
+    Attributes:
+        run_dir: the study's folder; with a storage it is this machine's own, else all nodes see it.
+        storage: where studies are kept, each in a folder of its name.
+    """
 
     run_dir: Path
     space: SearchSpace
@@ -41,6 +51,8 @@ class SearchRequest:
     address: str | None = None
     dashboard: bool = False
     fleet: FleetOptions = field(default_factory=FleetOptions)
+    loggers: tuple[str, ...] = ()
+    storage: Storage | None = None
 
     @property
     def study(self) -> str:
@@ -48,9 +60,9 @@ class SearchRequest:
         return self.run_dir.name
 
     @property
-    def store_path(self) -> Path:
-        """The prepared store."""
-        return Path(self.settings.store)
+    def study_storage(self) -> Storage | None:
+        """This study's folder in the storage."""
+        return self.storage.at(self.study) if self.storage else None
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -93,29 +105,44 @@ def fixed_configurations() -> dict[str, TrialConfig]:
     return {BASELINE: TrialConfig(), RECOMMENDED: TrialConfig(lora=RECOMMENDATION)}
 
 
-def open_storage(run_dir: Path) -> optuna.storages.RDBStorage:
-    """The study's SQLite database; opens in optuna-dashboard."""
-    return optuna.storages.RDBStorage(f"sqlite:///{(run_dir / 'study.db').resolve()}")
+def open_storage(run_dir: Path, patience: Patience | None = None) -> optuna.storages.RDBStorage:
+    """The study's SQLite database; opens in optuna-dashboard.
+
+    Args:
+        patience: with a disk that is full or away; by default it waits without a word.
+
+    Raises:
+        StudyError: the disk stays full or away.
+    """
+    return PatientStorage(run_dir / "study.db", patience or Patience(lambda text: None))
 
 
-def check_new(run_dir: Path) -> None:
+def check_new(run_dir: Path, storage: Storage | None = None) -> None:
     """Refuse a study that exists, before anything is prepared for it.
 
     Raises:
         StudyError: it exists; says how to go on with it.
+        StorageError: the storage is away, or access is denied.
     """
+    again = "choose another --study"
     if (run_dir / STUDY_FILE).exists():
-        raise StudyError(
-            f"study {run_dir.name} exists in {run_dir}; go on with `--resume {run_dir.name}` or choose another --study"
-        )
+        raise StudyError(f"study {run_dir.name} exists in {run_dir}; go on with `--resume {run_dir.name}` or {again}")
+    if storage is not None and storage.at(run_dir.name).exists(STUDY_FILE):
+        resume = f"--resume {run_dir.name} --storage {storage.uri}"
+        raise StudyError(f"study {run_dir.name} exists in {storage}; go on with `{resume}` or {again}")
 
 
-def resumed_request(run_dir: Path, trials: int | None) -> SearchRequest:
+def resumed_request(run_dir: Path, trials: int | None, storage: Storage | None = None) -> SearchRequest:
     """The request of an existing study; `trials` larger than before extends it.
+
+    Args:
+        storage: where it is fetched from unless this machine's folder is as new; None: as the study says itself.
 
     Raises:
         StudyError: there is no such study, or its record is damaged.
+        StorageError: the storage is away, or access is denied.
     """
+    storage = _fetch(run_dir, storage)
     record = read_study(run_dir)
     try:
         request = _recorded_request(run_dir, record)
@@ -123,7 +150,20 @@ def resumed_request(run_dir: Path, trials: int | None) -> SearchRequest:
         raise StudyError(f"{run_dir / STUDY_FILE}: damaged ({error!r}); start a new study") from None
     if trials is not None and trials > request.trials:
         write_json(run_dir / STUDY_FILE, {**record, "trials": trials})
-    return replace(request, trials=trials or request.trials)
+    return replace(request, trials=trials or request.trials, storage=storage)
+
+
+def _fetch(run_dir: Path, storage: Storage | None) -> Storage | None:
+    """The storage that a study is kept in, after its files have been brought here."""
+    own = (read_study(run_dir).get("storage") or None) if (run_dir / STUDY_FILE).is_file() else None
+    if storage is None and own is not None:
+        storage = Storage.parse(own)
+    if storage is None:
+        return None
+    if storage.uri != own and not storage.at(run_dir.name).exists(STUDY_FILE):
+        raise StudyError(f"study {run_dir.name}: not in {storage}; name the --storage that it was started with, if any")
+    fetch_study(run_dir, storage.at(run_dir.name))
+    return storage
 
 
 def _recorded_request(run_dir: Path, record: dict[str, Any]) -> SearchRequest:
@@ -147,7 +187,7 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
         StudyError: it exists and `resume` was not asked for, or the other way round.
     """
     if resume:
-        return read_study(request.run_dir)
+        return _reopened(request)
     check_new(request.run_dir)
     counts = {name: len(store.split(name)) for name in ("train", "validation", "test")}
     record = {
@@ -169,6 +209,9 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
         "trials": request.trials,
         # The number format that the first lane chose; a resumed study keeps it.
         "precision": None,
+        "storage": request.storage.uri if request.storage else None,
+        # How many drivers have worked on it: of two copies, the one with more of them is the newer.
+        "sessions": 1,
     }
     created = not request.run_dir.exists()
     request.run_dir.mkdir(parents=True, exist_ok=True)
@@ -182,8 +225,20 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
     return record
 
 
-def discard_record(run_dir: Path) -> None:
+def _reopened(request: SearchRequest) -> dict[str, Any]:
+    record = read_study(request.run_dir)
+    if request.storage is not None:
+        record |= {"storage": request.storage.uri, "sessions": sessions(record) + 1}
+        write_json(request.run_dir / STUDY_FILE, record)
+    return record
+
+
+def discard_record(request: SearchRequest) -> None:
     """Take back `open_record` of a study that could not start; the folder goes too if nothing else is in it."""
+    run_dir = request.run_dir
+    if request.study_storage is not None:
+        with suppress(StorageError):
+            request.study_storage.patient(SHORT_PATIENCE).remove(STUDY_FILE)
     (run_dir / STUDY_FILE).unlink()
     if not any(run_dir.iterdir()):
         run_dir.rmdir()
