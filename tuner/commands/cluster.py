@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -46,11 +47,15 @@ def monitoring(
 
     write_monitoring(folder, ray_temp, prometheus_port, grafana_port)
     where = folder.absolute()
+    prometheus = [
+        "prometheus",
+        f"--config.file={where / PROMETHEUS_FILE}",
+        f"--storage.tsdb.path={where / 'prometheus'}",
+    ]
+    typer.echo(shlex.join([*prometheus, f"--web.listen-address={LOOPBACK}:{prometheus_port}"]))
     typer.echo(
-        f"prometheus --config.file={where / PROMETHEUS_FILE} --storage.tsdb.path={where / 'prometheus'} "
-        f"--web.listen-address={LOOPBACK}:{prometheus_port}"
+        shlex.join(["grafana", "server", "--homepath", "/usr/share/grafana", "--config", str(where / GRAFANA_FILE)])
     )
-    typer.echo(f"grafana server --homepath /usr/share/grafana --config {where / GRAFANA_FILE}")
 
 
 @app.command()

@@ -81,7 +81,8 @@ class LaneMetrics:
             # Named as Ray names it, so that the two can be joined.
             "GpuIndex": gpus[0] if gpus else "",
         }
-        self._gauge("tuner_lane_up", "1 for each worker of a lane that is there", *place).set(1, place)
+        self._up = self._gauge("tuner_lane_up", "1 for each worker of a lane that is there", *place)
+        self._up.set_default_tags(self._tags | place)
 
     def spent(self, activity: Activity) -> None:
         """The time since the last call went into this."""
@@ -89,6 +90,8 @@ class LaneMetrics:
         if now > self._since:
             self._seconds.inc(now - self._since, {"activity": activity})
         self._since = now
+        # Again and again: what is set before Ray has found its agent is lost.
+        self._up.set(1)
 
     def step(self, step: int, steps: int) -> None:
         """An optimiser step is done: an epoch may take an hour, and its time should not come all at once."""

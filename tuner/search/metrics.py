@@ -44,9 +44,11 @@ class MeteredView:
         self.view.start(header)
         self._tags = {"study": header.study, "space": header.space}
         self._trials = self._gauge("tuner_trials", "trials by state", "state")
-        self._gauge("tuner_trials_planned", "trials that the study is to have").set(header.trials)
+        self._planned = (
+            (self._gauge("tuner_trials_planned", "trials that the study is to have"), header.trials),
+            (self._gauge("tuner_epochs_planned", "epochs if no trial ends early"), header.trials * header.epochs),
+        )
         self._epochs_done = self._gauge("tuner_epochs", "epochs trained, over all trials of the study")
-        self._gauge("tuner_epochs_planned", "epochs if no trial ends early").set(header.trials * header.epochs)
         self._best_recall = self._gauge("tuner_best_recall", "best validation metric of any epoch so far", "metric")
         self._trial_recall = self._gauge("tuner_trial_recall", "validation metric of a running trial", "slot", "metric")
         self._trial_loss = self._gauge("tuner_trial_loss", "training loss of a running trial", "slot")
@@ -118,6 +120,9 @@ class MeteredView:
         self._hypervolume.set(hypervolume(self._front, corner, self._directions))
 
     def _show_states(self) -> None:
+        # Again and again: what is set before Ray has found its agent is lost.
+        for gauge, planned in self._planned:
+            gauge.set(planned)
         counts = Counter(self._states.values())
         for state in STATES:
             self._trials.set(counts[state], {"state": state})

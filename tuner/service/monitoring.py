@@ -68,10 +68,11 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _prometheus(session: Path) -> dict[str, Any]:
-    discovery = str(session / "prom_metrics_service_discovery.json")
+    # Prometheus watches the folder, which is another one after each start of Ray; by default it looks anew after 5 min.
+    found = {"files": [str(session / "prom_metrics_service_discovery.json")], "refresh_interval": SCRAPE_INTERVAL}
     return {
         "global": {"scrape_interval": SCRAPE_INTERVAL, "evaluation_interval": SCRAPE_INTERVAL},
-        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [discovery]}]}],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [found]}],
     }
 
 
