@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,26 +15,48 @@ from typing import Any
 import ray
 
 from tuner.config import RunSettings
-from tuner.errors import StudyError
+from tuner.errors import ConfigError, StudyError
+from tuner.lanes.capacity import HEAD_NODE, Capacity, NodeGroup, count_cpus, count_gpus
 from tuner.lanes.coordinator import Coordinator
-from tuner.lanes.lane import LaneConfig, host_lane
+from tuner.lanes.host import host_lane
+from tuner.lanes.lane import LaneConfig
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
+from tuner.lanes.messages import Muster
 from tuner.loopback import start_ray
+from tuner.storage import Storage
 
-# A fraction of the head node's own resource: keeps drivers, coordinator and trial clients off nodes that may go away.
-HEAD_NODE = {"node:__internal_head__": 0.001}
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
 STOP_SECONDS = 20.0
+# A cloud may take minutes to bring a machine; Ray Train would give a lane up after one, to ask anew.
+CLOUD_START_SECONDS = "1800"
 
 
 @dataclass(frozen=True)
 class FleetOptions:
-    """How many lanes, workers a lane, adapters a pack; None lets the cluster's resources decide."""
+    """How many lanes, workers a lane, adapters a pack, GPUs in all; None lets the cluster's resources decide.
+
+    Raises:
+        ConfigError: lanes and workers ask for more GPUs than `max_gpus`.
+    """
 
     lanes: int | None = None
     workers: int = 1
     pack: int = 1
+    max_gpus: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_gpus is not None and (self.lanes or 1) * self.workers > self.max_gpus:
+            asked = f"--lanes {self.lanes} with --workers" if self.lanes else "--workers"
+            raise ConfigError(
+                f"{asked} {self.workers} need {(self.lanes or 1) * self.workers} GPUs, more than --max-gpus "
+                f"{self.max_gpus}; lower them or raise it"
+            )
+
+    def lanes_on(self, places: int, trials: int) -> int:
+        """Lanes that so many places for workers hold, not more than are allowed or have a trial to train."""
+        allowed = places if self.max_gpus is None else min(places, self.max_gpus)
+        return self.lanes or max(1, min(allowed // self.workers, math.ceil(trials / self.pack)))
 
 
 @dataclass
@@ -61,9 +84,14 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    if address is not None or dashboard:
+        # Lanes are Train runs of Ray's dashboard then; it costs a process of its own.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     if address is None:
         # One machine, ours until the search ends: nobody will preempt it.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    else:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", CLOUD_START_SECONDS)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         options["runtime_env"] = {"env_vars": LEAN_MEMORY}
@@ -87,37 +115,60 @@ class FleetSize:
     """What a cluster gives the lanes of a study."""
 
     lanes: int
-    threads: int  # CPU threads of one worker
+    threads: int  # CPUs reserved for one worker
     use_gpu: bool
+    capacity: Capacity
 
 
-def size_fleet(options: FleetOptions) -> FleetSize:
-    """Fit the lanes to the cluster that is connected.
+def size_fleet(options: FleetOptions, trials: int, capacity: Capacity) -> FleetSize:
+    """Fit the lanes to what the cluster has and its autoscaler may bring.
+
+    Args:
+        trials: of the study; more lanes than that would have nothing to do.
 
     Raises:
-        StudyError: the cluster has too few resources for them.
+        StudyError: the cluster can never have the resources for them.
     """
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    use_gpu = gpus > 0
-    lanes = options.lanes or (max(1, gpus // options.workers) if use_gpu else 1)
+    use_gpu = capacity.gpus > 0
+    if options.max_gpus is not None and not use_gpu:
+        raise StudyError(
+            f"--max-gpus {options.max_gpus}: there are no GPUs{_unread(capacity)}; leave it away to train on CPUs"
+        )
+    places = capacity.places(use_gpu)
+    lanes = options.lanes_on(places, trials) if use_gpu else options.lanes or 1
     needed = lanes * options.workers
-    if use_gpu and needed > gpus:
-        raise StudyError(f"--lanes {lanes} with --workers {options.workers} need {needed} GPUs; there are {gpus}")
-    if needed > cpus:
-        raise StudyError(f"--lanes {lanes} with --workers {options.workers} need as many CPUs; there are {cpus}")
-    return FleetSize(lanes, max(1, cpus // needed), use_gpu)
+    if needed > places:
+        asked = f"--lanes {lanes} with --workers {options.workers} need"
+        if use_gpu and needed > capacity.gpus:
+            raise StudyError(f"{asked} {needed} GPUs; {_supply(capacity, count_gpus)}")
+        if needed > capacity.cpus:
+            raise StudyError(f"{asked} as many CPUs; {_supply(capacity, count_cpus)}")
+        raise StudyError(f"{asked} as many GPUs with a CPU on the same node; there are {places}{_unread(capacity)}")
+    return FleetSize(lanes, capacity.threads(needed, use_gpu), use_gpu, capacity)
+
+
+def _supply(capacity: Capacity, count: Callable[[Iterable[NodeGroup]], int]) -> str:
+    have = count(capacity.present)
+    if capacity.possible is None:
+        return f"there are {have}{_unread(capacity)}"
+    return f"the cluster has {have} and its autoscaler may bring {max(0, count(capacity.possible) - have)}"
+
+
+def _unread(capacity: Capacity) -> str:
+    return f" ({capacity.unread})" if capacity.unread else ""
 
 
 @contextmanager
 def fleet(
     study: str,
+    space: str,
     settings: RunSettings,
     run_dir: Path,
     prefix_root: Path,
     precision: str | None,
     options: FleetOptions,
     size: FleetSize,
+    storage: Storage | None = None,
 ) -> Iterator[Fleet]:
     """Start the lanes of a study and stop them at the end; they load while the driver goes on."""
     name = f"tuner-coordinator:{study}"
@@ -127,9 +178,12 @@ def fleet(
     coordinator = actor.remote(precision)
     config = LaneConfig(
         lane="",
+        study=study,
+        space=space,
         coordinator=name,
         settings=settings,
         run_dir=str(run_dir.resolve()),
+        storage=storage,
         prefix_root=str(prefix_root),
         capacity=options.pack,
         workers=options.workers,
@@ -138,17 +192,19 @@ def fleet(
     )
     # Our lanes report nothing through Ray Train, so its controllers need not look at their workers often.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    threads_of_lanes = [
-        threading.Thread(target=host_lane, args=(replace(config, lane=f"tuner-lane-{study}-{index}"),), daemon=True)
-        for index in range(size.lanes)
-    ]
-    for thread in threads_of_lanes:
+    hosts = {
+        lane: threading.Thread(target=host_lane, args=(replace(config, lane=lane),), daemon=True)
+        for lane in (f"tuner-lane-{study}-{index}" for index in range(size.lanes))
+    }
+    for thread in hosts.values():
         thread.start()
     try:
         yield Fleet(coordinator, name, size.lanes, options.pack)
     finally:
         ray.get(coordinator.stop.remote())
+        muster: Muster = ray.get(coordinator.muster.remote())
         deadline = time.monotonic() + STOP_SECONDS
-        for thread in threads_of_lanes:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        # A lane that still waits for its machine hears nothing; it goes with this process.
+        for lane in muster.up:
+            hosts[lane].join(max(0.0, deadline - time.monotonic()))
         ray.kill(coordinator)

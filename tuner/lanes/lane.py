@@ -10,16 +10,26 @@ import logging
 import socket
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from tuner.config import RunSettings, TrialConfig
-from tuner.errors import TrialFailed, TunerError
-from tuner.lanes.coordinator import Orders
+from tuner.config import Precision, RunSettings, TrialConfig
+from tuner.errors import StorageError, TrialFailed, TunerError, first_line
+from tuner.lanes.capacity import node_group, present_nodes
+from tuner.lanes.files import LaneFiles
+from tuner.lanes.group import join_group
+from tuner.lanes.guard import Guard, LaneLeaves
+from tuner.lanes.messages import Orders
+from tuner.lanes.metrics import LaneMetrics, LaneTags, log_to_stdout
+from tuner.storage import Storage
+
+if TYPE_CHECKING:
+    import torch
 
 POLL_SECONDS = 5.0
 logger = logging.getLogger(__name__)
@@ -30,80 +40,46 @@ class LaneConfig:
     """What the host passes to the workers of one lane."""
 
     lane: str
+    study: str
+    space: str
     coordinator: str  # actor name
     settings: RunSettings
-    run_dir: str  # checkpoints/<trial>.pt live below it
+    run_dir: str  # checkpoints/<trial>.pt live below it, unless there is a storage
+    storage: Storage | None  # of the study
     prefix_root: str
     capacity: int  # adapters in a pack
     workers: int
-    threads: int  # CPU threads of one worker
+    threads: int  # CPUs reserved for one worker
     use_gpu: bool
 
 
-def host_lane(config: LaneConfig) -> None:
-    """Run one lane until the coordinator says stop; a dead worker restarts the lane's worker group.
+def lane_device() -> torch.device:
+    """The device Ray gave this worker, if torch can use it: a GPU may be declared where there is no driver for it."""
+    import torch
+    from ray.train.torch import get_device
 
-    Runs on a thread of the driver: Train's controller is a process of its own, and this only waits for it.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-
-    # TorchTrainer is this class with a backend that makes the process group, and importing it brings torch into
-    # this process and into Train's controller: 0.4 GB and seconds each. `join_group` makes the group instead.
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    resources = {"CPU": float(config.threads), **({"GPU": 1.0} if config.use_gpu else {})}
-    trainer = DataParallelTrainer(
-        lane_loop,
-        train_loop_config={"lane": config},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=config.lane,
-            storage_path=str(Path(config.run_dir).resolve() / "lanes"),
-            failure_config=FailureConfig(max_failures=-1),
-        ),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:
-        # Otherwise the trials of this lane would wait for ever. When the cluster itself has gone, nobody waits.
-        with suppress(ray.exceptions.RayError, ValueError):
-            coordinator = ray.get_actor(config.coordinator)
-            ray.get(coordinator.fatal.remote(f"{config.lane} ended: {' '.join(str(error).split())[:300]}"))
+    return get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
-def join_group(rank: int, world: int, use_gpu: bool) -> None:
-    """Make the process group of a lane's workers; rank 0 says where they meet. One worker needs none."""
-    if world == 1:
-        return
-    import torch.distributed as dist
-    from ray.train.collective import broadcast_from_rank_zero
-    from ray.util import get_node_ip_address
-
-    port = 0
-    if rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-    here = get_node_ip_address()  # type: ignore[no-untyped-call]
-    address, port = broadcast_from_rank_zero((here, port))
-    dist.init_process_group(
-        "nccl" if use_gpu else "gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=world
-    )
+def host_share() -> int:
+    """CPUs that one GPU's worker may use on this node, whatever nodes the others are on."""
+    node = present_nodes()[ray.get_runtime_context().get_node_id()]
+    return node_group(node).threads
 
 
 def lane_loop(arguments: dict[str, Any]) -> None:
     """The train function of every worker."""
     config: LaneConfig = arguments["lane"]
+    log_to_stdout()
     worker = LaneWorker(config)
-    try:
-        worker.load()
-    except (TunerError, ImportError) as error:
-        worker.tell("fatal", str(error))
-        return
-    while worker.turn():
-        pass
+    with closing(worker.files):
+        try:
+            worker.load()
+        except (TunerError, ImportError) as error:
+            worker.refuse(str(error))
+            return
+        while worker.turn():
+            pass
 
 
 class LaneWorker:
@@ -118,49 +94,78 @@ class LaneWorker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.coordinator = ray.get_actor(config.coordinator)
         self.attempt = uuid.uuid4().hex
-        torch.set_num_threads(config.threads)
-        join_group(self.rank, self.world, config.use_gpu)
+        torch.set_num_threads(host_share() if config.use_gpu else config.threads)
+        self.device = lane_device()
+        join_group(self.rank, self.world, self.device)
+        self.metrics = LaneMetrics(LaneTags(config.study, config.space, config.lane, self.rank))
+        self.files = LaneFiles(Path(config.run_dir), config.storage, config.lane)
+        self.guard = Guard(self.rank, self.files, self.tell, self.broadcast)
 
     def load(self) -> None:
         """Load encoder, store and text embeddings, and agree with the other lanes on the number format."""
-        from ray.train.torch import get_device
-
-        from tuner.data.store import Store
+        from tuner.data.remote import open_store
         from tuner.encoders.registry import inspect_encoder, load_encoder
         from tuner.train.pack import Pack, PackContext
         from tuner.train.precision import dtype_of, measured_precision
         from tuner.train.workers import Workers
 
-        settings, device = self.config.settings, get_device()
+        settings, device = self.config.settings, self.device
         wanted = settings.precision if settings.precision != "auto" else measured_precision(device)
-        agreed = self.precision = self.broadcast(self.tell("register", self.attempt, wanted))
+        agreed = self.precision = self.register(wanted)
+        if self.config.use_gpu and device.type == "cpu":
+            self.tell("note", f"torch sees no GPU on {socket.gethostname()}, though Ray counts one; trains on the CPU")
         encoder = load_encoder(inspect_encoder(settings.encoder), dtype_of(agreed), str(device))
         context = PackContext(
             encoder=encoder,
-            store=Store.open(Path(settings.store)),
+            store=open_store(settings.store),
             settings=settings,
             workers=Workers(self.rank, self.world),
             prefix_root=Path(self.config.prefix_root),
         )
         self.pack = Pack(context)
+        self.metrics.spent("loading")
+        logger.info("%s, worker %d of %d: %s on %s", self.config.lane, self.rank, self.world, agreed, device)
+
+    def register(self, precision: Precision) -> Precision:
+        """Make this lane known, and the nodes of its workers and of the cluster; returns the agreed precision."""
+        nodes = self.gather(ray.get_runtime_context().get_node_id())
+        agreed: Precision = self.broadcast(self.tell("register", self.attempt, precision, nodes, [*present_nodes()]))
+        return agreed
+
+    def refuse(self, reason: str) -> None:
+        """No trial can be trained here: say so until the coordinator, which may be started again, has heard it."""
+        self.tell("fatal", reason)
+        while not self.broadcast(self.tell("poll", [], 0, POLL_SECONDS)).stop:
+            self.tell("fatal", reason)
 
     def turn(self) -> bool:
         """Take orders, then train one epoch of the members that are least far. False when told to stop."""
+        self.guard.leave_in_time(self.pack.members.values())
         orders: Orders = self.broadcast(self._poll())
+        self.metrics.spent("waiting")
         if orders.stop:
             return False
+        if orders.register:
+            self.register(self.precision)
+            return True
         for trial in orders.drop:
             self.pack.detach(trial)
         if orders.confirm:
             self._confirm(orders.confirm)
+            self.metrics.spent("confirming")
+            return True
+        if orders.new and (fault := self._fetch([trial for trial, _ in orders.new])):
+            self.tell("fatal", fault)
             return True
         for trial, values in orders.new:
             self._attach(trial, TrialConfig.model_validate(values))
+        self.metrics.spent("attaching")
         epochs = self.config.settings.epochs
         behind = {trial: m.epoch for trial, m in self.pack.members.items() if m.epoch < epochs}
         if behind:
             first = min(behind.values())
-            self._epoch([trial for trial, epoch in behind.items() if epoch == first])
+            alone = [orders.alone] if orders.alone in behind else None
+            self._epoch(alone or [trial for trial, epoch in behind.items() if epoch == first])
         return True
 
     def _poll(self) -> Orders | None:
@@ -170,22 +175,38 @@ class LaneWorker:
         orders: Orders | None = self.tell("poll", list(self.pack.members), self.config.capacity, wait)
         return orders
 
+    def _fetch(self, trials: list[str]) -> str | None:
+        """Have checkpoints of these trials on each node of the lane; says what is wrong with the storage, on all."""
+        fault = None
+        try:
+            for trial in trials:
+                self.files.fetch(trial)
+        except StorageError as error:
+            fault = str(error)
+        return next(filter(None, self.gather(fault)), None)
+
     def _attach(self, trial: str, config: TrialConfig) -> None:
         if trial in self.pack.members:
             self.pack.detach(trial)
         try:
-            member = self.pack.attach(trial, config, self._checkpoint(trial))
+            member = self.pack.attach(trial, config, self.files.checkpoint(trial))
         except TunerError as error:
             self.tell("fail", trial, str(error))
             return
+        logger.info("%s attached at epoch %d: %s", trial, member.epoch, config.model_dump_json())
         if member.history:
             self.tell("report", trial, member.history)
 
     def _epoch(self, trials: list[str]) -> None:
-        try:
-            rows = self.pack.train_epoch(trials)
-        except RuntimeError as error:
-            rows = dict.fromkeys(trials, TrialFailed(_reason(error)))
+        members = [self.pack.members[trial] for trial in trials]
+
+        def after_step(step: int, steps: int) -> None:
+            self.metrics.step(step, steps)
+            self.guard.between_steps(members)
+
+        with self._last_words():
+            rows = self.pack.train_epoch(trials, after_step)
+        self.metrics.spent("training")
         for trial in trials:
             row = rows[trial]
             if isinstance(row, TrialFailed):
@@ -196,10 +217,12 @@ class LaneWorker:
     def _finish_epoch(self, trial: str, row: dict[str, float]) -> None:
         started = time.perf_counter()
         try:
-            metrics = self.pack.validate(trial).metrics()
-        except RuntimeError as error:
-            self._give_up(trial, _reason(error))
+            with self._last_words():
+                metrics = self.pack.validate(trial).metrics()
+        except TrialFailed as failure:
+            self._give_up(trial, str(failure))
             return
+        self.metrics.spent("validating")
         member = self.pack.members[trial]
         counts = {
             "lora_parameters": member.placement.lora_parameters if member.placement else 0,
@@ -208,14 +231,22 @@ class LaneWorker:
         seconds = {"validation_seconds": time.perf_counter() - started}
         warning = {"warning": member.warning} if member.warning else {}
         member.history.append({**row, **seconds, **counts, **metrics, **warning})
-        if self.rank == 0:
-            path = self._checkpoint(trial)
-            try:
-                member.save(path)
-            except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
-                self.tell("fatal", f"{path}: the checkpoint cannot be written ({_reason(error)}); free disk space")
-                return
+        if not self.guard.save(member):
+            return
+        self.metrics.spent("saving")
+        self.metrics.epoch(trial, member.history[-1], self.pack.prefix_use)
         self.tell("report", trial, member.history)
+
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        """Tell the coordinator what this worker, on whatever rank, is about to die of."""
+        try:
+            yield
+        except (TrialFailed, LaneLeaves):
+            raise
+        except Exception as error:
+            ray.get(self.coordinator.last_words.remote(self.config.lane, first_line(error)))
+            raise
 
     def _confirm(self, plan: dict[str, Any]) -> None:
         """Rank 0 measures the front; the other workers of the lane wait at the next broadcast."""
@@ -225,11 +256,14 @@ class LaneWorker:
             self.pack.detach(trial)
         if self.rank != 0:
             return
-        run_dir = Path(self.config.run_dir)
+        trials = [trial for trial, _, _ in plan["trials"]]
         try:
-            points = confirm_trials(self.pack, plan["trials"], plan["baseline"], run_dir, self.precision)
+            for trial in trials:
+                self.files.fetch(trial)
+            points = confirm_trials(self.pack, plan["trials"], plan["baseline"], self.files.folder, self.precision)
+            self.files.keep_adapters(trials)
         except (TunerError, RuntimeError) as error:
-            self.tell("confirmed", None, str(error) if isinstance(error, TunerError) else _reason(error))
+            self.tell("confirmed", None, str(error) if isinstance(error, TunerError) else first_line(error))
             return
         self.tell("confirmed", points, None)
 
@@ -237,11 +271,6 @@ class LaneWorker:
         logger.warning("%s: %s", trial, reason)
         self.pack.detach(trial)
         self.tell("fail", trial, reason)
-
-    def _checkpoint(self, trial: str) -> Path:
-        from tuner.train.member import checkpoint_path
-
-        return checkpoint_path(Path(self.config.run_dir), trial)
 
     def tell(self, method: str, *arguments: Any) -> Any:
         """Call the coordinator from rank 0; the other ranks get None."""
@@ -260,7 +289,12 @@ class LaneWorker:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
 
-def _reason(error: Exception) -> str:
-    """First line of an error inside a training step; CUDA's out-of-memory says so itself."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
