@@ -35,7 +35,8 @@ class LocalCluster:
     @property
     def address(self) -> str:
         """Where a driver connects."""
-        return f"127.0.0.1:{self.port}"
+        address: str = self._cluster.gcs_address
+        return address
 
     def start(self, nodes: int) -> None:
         """Bring up a head and so many worker nodes with one CPU each."""
@@ -52,24 +53,30 @@ class LocalCluster:
         self.nodes.append(self._cluster.add_node(num_cpus=1, **self._common()))
 
     def _common(self) -> dict[str, Any]:
-        return {"node_ip_address": "127.0.0.1", "temp_dir": str(self.folder / "ray")}
+        return {"temp_dir": str(self.folder / "ray")}
 
     def kill_node(self, node: Any) -> None:
         """SIGKILL for everything a node runs, like a machine that is switched off."""
         self.nodes.remove(node)
-        kill([process.pid for process in _family(_raylet(node))])
+        kill(_pids(node))
         self._cluster.remove_node(node, allow_graceful=False)
 
     def kill_head(self) -> None:
         """SIGKILL for the head's control service, raylet and all they run; worker nodes find out for themselves."""
         head = self._cluster.head_node
-        kill([process.pid for process in _family(_raylet(head))])
+        kill(_pids(head))
         head.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+    def restart(self) -> None:
+        """A new head at the old address, and as many new worker nodes."""
+        nodes = len(self.nodes)
+        self.stop()
+        self.start(nodes)
 
     def stop(self) -> None:
         """Nothing is left of it."""
         for node in [*self.nodes, *([self._cluster.head_node] if self._cluster else [])]:
-            pids = [process.pid for process in _family(_raylet(node))]
+            pids = _pids(node)
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
             kill(pids)
         self.nodes, self._cluster = [], None
@@ -94,16 +101,14 @@ def free_port() -> int:
         return port
 
 
-def _raylet(node: Any) -> int:
-    ((process, *_),) = [infos for kind, infos in node.all_processes.items() if kind == "raylet"]
-    return int(process.process.pid)
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    return []
+def _pids(node: Any) -> list[int]:
+    """A node's raylet and everything below it; nothing of a node that has been killed."""
+    pids = []
+    for raylet in node.all_processes.get("raylet", []):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(raylet.process.pid)
+            pids += [process.pid, *(child.pid for child in process.children(recursive=True))]
+    return pids
 
 
 def kill(pids: list[int]) -> None:

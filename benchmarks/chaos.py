@@ -1,0 +1,256 @@
+"""One search that is disturbed in every way there is: what is lost, and how long it takes to go on.
+
+A local cluster of several nodes, real recordings, `tuner search` as a user starts it. Each fault waits for a new epoch;
+then it strikes, and the time runs until the next epoch that was not known before. Beside it stands the usual time
+between two epochs, of which a fault that costs nothing costs one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import typer
+
+from benchmarks import run
+from benchmarks.local_cluster import COORDINATOR, LANE, LocalCluster, kill, local_cluster, until
+from benchmarks.memory import search_command
+from benchmarks.session import run_session
+from benchmarks.share import make_share
+from benchmarks.table import show
+
+STUDY = "chaos"
+FULL_SECONDS = 10.0
+NOTICE_SECONDS = 120  # AWS's
+DISK_BYTES = 64 * 1024**2
+# For anything that a search does between two faults, on a busy machine.
+PATIENCE = 600.0
+
+
+@dataclass
+class Search:
+    """The disturbed search: its cluster, its folder on a small disk, and the driver of the moment."""
+
+    cluster: LocalCluster
+    folder: Path
+    options: list[str]
+    driver: subprocess.Popen[str] | None = None
+    told: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        """The study's."""
+        return self.folder / "disk" / STUDY
+
+    def start(self) -> None:
+        """Start a driver: a new study, or what there is of it."""
+        given = ["--resume", STUDY] if self.run_dir.exists() else ["--study", STUDY, *self.options]
+        command = search_command(["search", *given, "--runs", str(self.folder / "disk")])
+        environment = os.environ | {"TUNER_CACHE": str(self.folder / "cache")}
+        with (self.folder / "search.log").open("a", encoding="utf-8") as log:
+            self.driver = subprocess.Popen(
+                [*command, "--lanes", "1", "--address", self.cluster.address],
+                stdout=log,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def wait(self) -> int:
+        """The driver's exit code."""
+        assert self.driver is not None
+        return self.driver.wait(timeout=PATIENCE)
+
+    def new_epoch(self) -> None:
+        """Wait for an epoch that was not known before."""
+        known = len(self.told)
+        until(lambda: len(self.read()) > known, f"epoch {known + 1}; {self.log_tail()}", PATIENCE)
+
+    def read(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """Rows of the journal by trial and epoch; whole lines only, since a driver may be writing one now."""
+        path = self.run_dir / "journal.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        for event in (json.loads(line) for line in lines if line.endswith("}\n")):
+            if event["event"] == "epoch":
+                self.told.setdefault((event["trial"], event["row"]["epoch"]), event["row"])
+        return self.told
+
+    def log_tail(self) -> str:
+        """The last lines that drivers have written."""
+        path = self.folder / "search.log"
+        return " | ".join(path.read_text(encoding="utf-8").splitlines()[-5:]) if path.exists() else ""
+
+
+# The faults
+
+
+def kill_worker(search: Search) -> None:
+    """kill -9 of the process that trains."""
+    kill(list(search.cluster.actors(LANE)))
+
+
+def kill_coordinator(search: Search) -> None:
+    """kill -9 of the coordinator."""
+    kill(list(search.cluster.actors(COORDINATOR)))
+
+
+def kill_node(search: Search) -> None:
+    """kill -9 of the lane's raylet and of all it runs; a new node comes in its place."""
+    search.cluster.kill_node(search.cluster.lane_node())
+    search.cluster.add_node()
+
+
+def drain_node(search: Search) -> None:
+    """What the watcher of a spot machine does at its notice; the machine goes when its lane has left."""
+    node = search.cluster.lane_node()
+    command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", search.cluster.address]
+    command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "chaos"]
+    command += ["--deadline-remaining-seconds", str(NOTICE_SECONDS)]
+    subprocess.run(command, check=True, capture_output=True)
+    until(lambda: search.cluster.lane_node() not in (node, None), "a lane on another node", PATIENCE)
+    search.cluster.kill_node(node)
+    search.cluster.add_node()
+
+
+def fill_disk(search: Search) -> None:
+    """The disk of the runs is full for some seconds."""
+    ballast = search.folder / "disk" / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**20))
+    with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0")
+    time.sleep(FULL_SECONDS)
+    ballast.unlink()
+
+
+def kill_driver(search: Search) -> None:
+    """kill -9 of the driver, then `tuner search --resume`."""
+    assert search.driver is not None
+    os.killpg(search.driver.pid, signal.SIGKILL)
+    search.wait()
+    search.start()
+
+
+def restart_head(search: Search) -> None:
+    """kill -9 of the head's control service and raylet; once the driver has ended by itself, a new cluster at the same
+    address, and `tuner search --resume`."""
+    search.cluster.kill_head()
+    code = search.wait()
+    assert code == 2, f"the driver ended with {code}: {search.log_tail()}"
+    assert "the Ray cluster has gone; nothing is lost" in search.log_tail()
+    search.cluster.restart()
+    search.start()
+
+
+FAULTS: dict[str, Callable[[Search], None]] = {
+    "worker killed": kill_worker,
+    "coordinator killed": kill_coordinator,
+    "node killed": kill_node,
+    "node drained, as by a spot notice": drain_node,
+    f"disk full for {FULL_SECONDS:.0f} s": fill_disk,
+    "driver killed, --resume": kill_driver,
+    "head killed and restarted, --resume": restart_head,
+}
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of its own at `folder`, so that filling it fills nothing else; needs root."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def disturb(search: Search, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds from each fault to the next new epoch, and between epochs that nothing disturbed."""
+    lost: dict[str, list[float]] = {name: [] for name in FAULTS}
+    usual: list[float] = []
+    search.start()
+    search.new_epoch()
+    for _ in range(rounds):
+        for name, strike in FAULTS.items():
+            typer.echo(f"{name}; {len(search.told)} epochs so far", err=True)
+            # The first one after a fault ends an epoch that was begun before it, or in it.
+            search.new_epoch()
+            started = time.perf_counter()
+            search.new_epoch()
+            usual.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            strike(search)
+            search.new_epoch()
+            lost[name].append(time.perf_counter() - started)
+    return lost, usual
+
+
+def trained_again(search: Search) -> int:
+    """Epochs that had been told and were trained once more: what their checkpoint remembers of them is not the same."""
+    again = 0
+    for (trial, epoch), row in search.read().items():
+        checkpoint = torch.load(search.run_dir / "checkpoints" / f"{trial}.pt", weights_only=True)
+        again += checkpoint["history"][epoch - 1]["train_seconds"] != row["train_seconds"]
+    return again
+
+
+def show_faults(search: Search, lost: dict[str, list[float]], usual: list[float], trials: int) -> None:
+    """Print what was injected and what it cost."""
+    states = {row["trial"]: row["state"] for row in pq.read_table(search.run_dir / "trials.parquet").to_pylist()}
+    complete = sum(state == "complete" for state in states.values())
+    between = statistics.median(usual)
+    rows = [
+        (name, str(len(seconds)), f"{statistics.median(seconds):.1f}", f"{statistics.median(seconds) - between:.1f}")
+        for name, seconds in lost.items()
+    ]
+    show(
+        "faults injected into one search",
+        ("fault", "times", "seconds to the next new epoch", "seconds lost"),
+        [*rows, ("none", str(len(usual)), f"{between:.1f}", "")],
+    )
+    typer.echo(f"trials lost: {trials - complete} of {trials}")
+    typer.echo(f"epochs told: {len(search.told)}, of these trained again after a fault: {trained_again(search)}")
+
+
+def main(rounds: int = 1, train: int = 96, trials: int = 5, epochs: int = 8) -> None:
+    """Disturb one search `rounds` times in each way; it must have epochs enough for that."""
+    with tempfile.TemporaryDirectory(prefix="tuner-") as name:
+        folder = Path(name)
+        share = make_share(folder, {"train": train, "validation": 24, "test": 24})
+        typer.echo(f"{platform.machine()}, {os.cpu_count()} cores; {train} training clips, {trials} x {epochs} epochs")
+        encoders = ["--encoder", str(share.audio_encoder), "--text-encoder", str(share.text_encoder)]
+        store = str(folder / "store")
+        run_session(search_command(["prepare", str(share.manifest), *encoders, "--out", store]), folder / "prepare.log")
+        options = ["--data", store, "--batch-size", "24", "--trials", str(trials), "--epochs", str(epochs)]
+        with small_disk(folder / "disk"), local_cluster(nodes=2) as cluster:
+            search = Search(cluster, folder, options)
+            try:
+                lost, usual = disturb(search, rounds)
+                if code := search.wait():
+                    raise RuntimeError(f"the search ended with {code}: {search.log_tail()}")
+                show_faults(search, lost, usual, trials)
+            finally:
+                if search.driver is not None and search.driver.poll() is None:
+                    os.killpg(search.driver.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""One search on a cluster of three nodes that loses its coordinator, a node by surprise and a node with notice.
+
+The cluster is real, on this machine: a head without CPUs and worker nodes with a raylet each. Faults come one after
+another into one search, since starting Ray is what takes time.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import Tiny
+from searches import Driver, Runs, epochs_of
+
+from benchmarks.local_cluster import COORDINATOR, LANE, LocalCluster, kill, local_cluster, until
+
+pytestmark = pytest.mark.timeout(900)
+
+TRIALS = 4
+EPOCHS = 20
+CAUGHT = 3  # the epoch after which a trial is disturbed
+NOTICE_SECONDS = 600  # longer than the test: who waits for the node's end, waits too long
+
+
+@dataclass
+class Faulty:
+    runs: Runs
+    # What the journal had of the disturbed trial when the fault came, by fault.
+    before: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    # The lane's node before and after, by fault.
+    nodes: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+DISTURBED = {"coordinator killed": "t0001", "node killed": "t0002", "node drained": "t0003"}
+
+
+@pytest.fixture(scope="module")
+def faulty(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
+    runs = Runs(tmp_path_factory.mktemp("faults"), tiny)
+    result = Faulty(runs)
+    with local_cluster(nodes=2) as cluster, pytest.MonkeyPatch.context() as patch:
+        # Trials of the tiny store end sooner than Ray Train's watcher would look for notices.
+        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.1")
+        options = runs.new("--trials", TRIALS, "--epochs", EPOCHS, "--lanes", 1, "--address", cluster.address)
+        with runs.driver(*options) as driver:
+            for fault, trial in DISTURBED.items():
+                disturb(cluster, driver, fault, trial, result)
+            ended = driver.wait()
+        assert ended.code == 0, ended
+        yield result
+
+
+def disturb(cluster: LocalCluster, driver: Driver, fault: str, trial: str, result: Faulty) -> None:
+    """Wait until a trial has some epochs, do it, and see the trial go on."""
+    driver.until(lambda epochs: (trial, CAUGHT) in epochs)
+    node = cluster.lane_node()
+    (lane,) = cluster.actors(LANE)
+    if fault == "coordinator killed":
+        kill(list(cluster.actors(COORDINATOR)))
+    elif fault == "node killed":
+        cluster.kill_node(node)
+        cluster.add_node()
+    else:
+        # The trial must not end before the notice has been given.
+        worker = psutil.Process(lane)
+        worker.suspend()
+        drain(cluster, node.node_id)
+        worker.resume()
+    result.before[fault] = [e for e in result.runs.journal() if e["event"] == "epoch" and e["trial"] == trial]
+    seen = result.before[fault][-1]["row"]["epoch"]
+    if fault != "coordinator killed":
+        until(lambda: (moved := cluster.lane_node()) and moved.node_id != node.node_id, f"{fault}: a lane elsewhere")
+    driver.until(lambda epochs: (trial, min(seen + 2, EPOCHS)) in epochs)
+    result.nodes[fault] = (node.node_id, cluster.lane_node().node_id)
+
+
+def drain(cluster: LocalCluster, node: str) -> None:
+    """What the watcher of a spot machine does at its notice."""
+    command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", cluster.address, "--node-id", node]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(NOTICE_SECONDS)], check=True, capture_output=True)
+
+
+def test_no_trial_is_lost(faulty: Faulty) -> None:
+    assert faulty.runs.states() == {f"t{number:04d}": "complete" for number in range(TRIALS)}
+    assert {point["trial"] for point in faulty.runs.front()["points"]} >= {"t0000", "t0001"}
+
+
+def test_every_epoch_is_told_once(faulty: Faulty) -> None:
+    counted = Counter(epochs_of(faulty.runs.journal()))
+    assert counted == {(f"t{number:04d}", epoch): 1 for number in range(TRIALS) for epoch in range(1, EPOCHS + 1)}
+
+
+@pytest.mark.parametrize("fault", DISTURBED)
+def test_a_disturbed_trial_goes_on_from_its_last_epoch(faulty: Faulty, fault: str) -> None:
+    """What its checkpoint remembers, training times included, is what was told before; anew, they would differ."""
+    trial, before = DISTURBED[fault], faulty.before[fault]
+    assert CAUGHT <= len(before) < EPOCHS, "it was disturbed in the middle"
+    history = torch.load(faulty.runs.study / "checkpoints" / f"{trial}.pt", weights_only=True)["history"]
+    for event in before:
+        remembered = history[event["row"]["epoch"] - 1]
+        assert {key: remembered[key] for key in event["row"]} == event["row"]
+
+
+@pytest.mark.parametrize("fault", ["node killed", "node drained"])
+def test_the_lane_moves_to_another_node(faulty: Faulty, fault: str) -> None:
+    before, after = faulty.nodes[fault]
+    assert before != after
+
+
+def test_a_coordinator_that_was_killed_costs_no_worker(faulty: Faulty) -> None:
+    before, after = faulty.nodes["coordinator killed"]
+    assert before == after
