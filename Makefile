@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PROMETHEUS := $(VENV)/prometheus
 
 .DEFAULT_GOAL := help
-.PHONY: help install search test ssh check bench lock clean
+.PHONY: help install search test ssh prometheus check bench lock clean
 
 help:
 	@echo "make search   search LoRA configurations on the demo: real speech, embedded Ray"
@@ -28,7 +29,7 @@ $(INSTALLED): requirements.lock requirements-demo.lock pyproject.toml
 search: install
 	$(BIN)/tuner search --space attention_only
 
-test: install ssh
+test: install ssh prometheus
 	$(BIN)/python -m pytest
 
 # One test brings up a cluster with `ray up` on this machine, by ssh. RUNLEVEL keeps the system's own sshd from starting.
@@ -37,6 +38,14 @@ ssh:
 		test "$$(id -u)" = 0 || { echo "make test needs sshd and rsync; run: sudo apt-get install openssh-server rsync" >&2; exit 2; }; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
 			apt-get install -y -qq --no-install-recommends openssh-server openssh-client rsync > /dev/null; }
+
+# One test has Debian's own Prometheus scrape a search. Unpacked, not installed: the package would start a server at once.
+prometheus: install
+	@command -v prometheus > /dev/null || test -x $(PROMETHEUS)/usr/bin/prometheus || { \
+		rm -rf $(PROMETHEUS).tmp; mkdir -p $(PROMETHEUS).tmp; cd $(PROMETHEUS).tmp; \
+		apt-get download -qq prometheus 2> /dev/null || { apt-get update -qq; apt-get download -qq prometheus; } || { \
+			echo "make test needs Prometheus; run: sudo apt-get install prometheus" >&2; exit 2; }; \
+		dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb && mv $(CURDIR)/$(PROMETHEUS).tmp $(CURDIR)/$(PROMETHEUS); }
 
 check: install
 	$(BIN)/ruff format --check .
