@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from tuner.config import LoraSpec, TrialConfig
 from tuner.errors import StudyError
+from tuner.outage import Patience
 
 STUDY_FILE = "study.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -124,14 +125,23 @@ def check_study_name(name: str) -> str:
 
 
 class Journal(History):
-    """Append-only record of trials, epochs and ends."""
+    """Append-only record of trials, epochs and ends.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        patience: with a disk that is full or away; by default it waits without a word.
+
+    Raises:
+        StudyError: the disk stays full or away (from every method that writes).
+    """
+
+    def __init__(self, run_dir: Path, patience: Patience | None = None) -> None:
         super().__init__(run_dir)
-        path = run_dir / JOURNAL_FILE
-        self._file = path.open("a", encoding="utf-8")
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")
+        self._patience = patience or Patience(lambda text: None)
+        self._path = run_dir / JOURNAL_FILE
+        # Unbuffered: a buffer that failed to be written cannot say how much of it was.
+        self._file = self._path.open("ab", buffering=0)
+        if self._path.stat().st_size and not self._path.read_bytes().endswith(b"\n"):
+            self._append(b"\n")
 
     def trial(self, trial: str, origin: str, config: Row) -> None:
         """A trial has been given its configuration."""
@@ -160,19 +170,39 @@ class Journal(History):
             return
         columns = dict.fromkeys(column for row in rows for column in row)
         table = pa.table({column: _column([row.get(column) for row in rows]) for column in columns})
-        staged = self.run_dir / (TRIALS_FILE + ".tmp")
-        pq.write_table(table, staged)
-        staged.replace(self.run_dir / TRIALS_FILE)
+        path = self.run_dir / TRIALS_FILE
+        self._patience.outlast(path, lambda: _write_table(table, path))
 
     def close(self) -> None:
         """Write the table a last time and let go of the file."""
-        self.write_parquet()
-        self._file.close()
+        try:
+            self.write_parquet()
+        finally:
+            self._file.close()
 
     def _write(self, event: Row) -> None:
+        self._append((json.dumps(event, ensure_ascii=False) + "\n").encode())
         self._apply(event)
-        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
-        self._file.flush()
+
+    def _append(self, line: bytes) -> None:
+        rest = memoryview(line)
+
+        def push() -> None:
+            # A disk that becomes full takes the beginning of a line; what is left of it follows when there is room.
+            nonlocal rest
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+        self._patience.outlast(self._path, push)
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    staged = path.with_name(path.name + ".tmp")
+    try:
+        pq.write_table(table, staged)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def flat_config(config: TrialConfig) -> Row:
