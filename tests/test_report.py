@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,48 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert not [attribute for attribute in parsed.attributes if attribute[0] == "img"]
     assert HOSTILE in parsed.text
     assert HOSTILE in json.dumps(parsed.charts), "the value itself is still charted"
+
+
+def test_no_field_of_a_study_becomes_markup(tmp_path: Path) -> None:
+    """Whatever a name, a path, a reason, a metric or a setting holds, on the page and in the picture."""
+    folder = write_run(tmp_path / "demo")
+    record = json.loads((folder / "study.json").read_text())
+    record |= {"study": HOSTILE, "created": HOSTILE, "seed": HOSTILE}
+    record["encoder"] |= dict.fromkeys(("family", "source", "shape", "path"), HOSTILE)
+    record["settings"]["store"] = record["objectives"][0]["metric"] = HOSTILE
+    record["space"] |= {"name": HOSTILE, "description": HOSTILE, "target_sets": {HOSTILE: ["q_proj", "v_proj"]}}
+    (folder / "study.json").write_text(json.dumps(record))
+    rows = pq.read_table(folder / "trials.parquet").to_pylist()
+    for row in rows:
+        row[HOSTILE] = row.pop("recall@10")
+    rows[-1] |= {"state": "failed", "reason": HOSTILE, "origin": HOSTILE}
+    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
+    edit_front(folder, t0001={"adapter": HOSTILE, "origin": HOSTILE, "target_modules": [HOSTILE]})
+    parsed = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert len(parsed.scripts) == 3 and not any("alert(" in script for script in parsed.scripts[1:])
+    assert parsed.text.count(HOSTILE) > 10
+    assert not [value for _, name, value in parsed.attributes if name.startswith("on") or "javascript:" in value]
+    save_front_svg(read_run(folder), folder / "front.svg")
+    picture = ElementTree.parse(folder / "front.svg")
+    assert not [element for element in picture.iter() if element.tag.endswith("script")]
+    assert HOSTILE in "".join(picture.getroot().itertext()), "as the title of an axis"
+
+
+def test_commands_to_paste_are_quoted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    record = json.loads((folder / "study.json").read_text())
+    record["settings"]["store"] = "store; rm -rf ~"
+    (folder / "study.json").write_text(json.dumps(record))
+    (command,) = re.findall(r"tuner evaluate .*--data .*", unescape(write_report(folder).read_text()))
+    assert "--data 'store; rm -rf ~'" in command
+
+
+@pytest.mark.parametrize("adapter", ["../../etc", "/etc", "adapters/../../x", 3])
+def test_a_front_names_adapters_of_its_own_study(tmp_path: Path, adapter: object) -> None:
+    folder = write_run(tmp_path / "demo")
+    edit_front(folder, t0001={"adapter": adapter})
+    with pytest.raises(StudyError, match=r"front\.json: damaged"):
+        write_report(folder)
 
 
 def test_charts_hold_the_trials(finished: Path, page: Page) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -88,6 +89,7 @@ def _environment() -> Environment:
         "setting": _setting,
         "moment": _moment,
         "pretty": _pretty,
+        "shell": shlex.join,
     }
     return environment
 

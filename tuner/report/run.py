@@ -11,8 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuner.arrow import check_plain
 from tuner.config import TrialConfig
 from tuner.errors import StudyError
 from tuner.pareto import Direction, pareto_front
@@ -140,7 +142,9 @@ def read_run(folder: Path) -> Run:
         study = read_study(folder)
     path = folder / TRIALS_FILE
     with _damage(path, REWRITE):
-        rows = pq.read_table(path).to_pylist() if path.exists() else []
+        table = pq.read_table(path) if path.exists() else pa.table({})
+        check_plain(table.schema, path)
+        rows = table.to_pylist()
     return Run(folder, study, rows, _read_front(folder))
 
 
@@ -170,7 +174,12 @@ def read_journal(folder: Path, elsewhere: bool = False) -> Run:
 def _read_front(folder: Path) -> dict[str, Any] | None:
     path = folder / FRONT_FILE
     with _damage(path, REWRITE):
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        front: dict[str, Any] | None = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        for adapter in (point.get("adapter") for point in (front or {}).get("points", ())):
+            # A front may come from anywhere, and this is joined to the folder of the study.
+            if adapter and not (folder / adapter).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"names the adapter {adapter!r} outside the study")
+    return front
 
 
 @contextmanager
