@@ -28,14 +28,14 @@ class Trained:
     metrics: dict[str, float]
 
 
-def train_and_export(tiny: Tiny, config: TrialConfig, folder: Path) -> Trained:
-    """Train on the tiny store and export to `folder`/t0007."""
+def train_and_export(tiny: Tiny, config: TrialConfig, folder: Path, trial: str = "t0007") -> Trained:
+    """Train on the tiny store and export to `folder`/`trial`."""
     settings = tiny.settings()
     encoder = load_encoder(inspect_encoder(tiny.encoder), torch.float32)
     pack = Pack(PackContext(encoder, tiny.store(), settings))
-    member = pack.attach("t0007", config)
+    member = pack.attach(trial, config)
     for _ in range(settings.epochs):
-        pack.train_epoch(["t0007"])
+        pack.train_epoch([trial])
     card = make_card(member, pack.store, settings, "fp32")
-    export_adapter(member, card, settings, folder / "t0007")
-    return Trained(folder / "t0007", card, pack.embed("t0007", CLIPS), pack.validate("t0007").metrics())
+    export_adapter(member, card, settings, folder / trial)
+    return Trained(folder / trial, card, pack.embed(trial, CLIPS), pack.validate(trial).metrics())

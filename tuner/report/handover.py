@@ -14,6 +14,7 @@ import yaml
 from tuner.errors import AdapterError, ConfigError, StudyError
 from tuner.records import FRONT_FILE, write_json
 from tuner.report.answer import difference_of, interval_of
+from tuner.report.live import BASELINE
 from tuner.report.run import Run, metric_of, placed
 
 # What `tuner.train.export` writes for a trial; the projection alone has no PEFT files.
@@ -154,7 +155,7 @@ def _peft(trial: str) -> list[str]:
 def _scores(run: Run, point: Point) -> list[str]:
     test, interval = metric_of(point.get("test") or {}, run.metric), interval_of(point, run.metric)
     validation = metric_of(point["validation"], run.metric)
-    difference = difference_of(point, run.metric)
+    difference = None if point["origin"] == BASELINE else difference_of(point, run.metric)
     rows = [f"| validation | {_figure(validation)} |", f"| test | {_figure(test, interval)} |"]
     if difference:
         rows.append(f"| test, over the projection alone | {_figure(*difference, sign='+')} |")

@@ -137,7 +137,7 @@ def _point(run: Run, point: dict[str, Any]) -> dict[str, Any]:
         "test": metric_of(test, run.metric),
         "interval": interval_of(point, run.metric),
         "queries": {side: (test.get(side) or {}).get("N") for side in ("audio_to_text", "text_to_audio")},
-        "difference": difference_of(point, run.metric),
+        "difference": None if point["origin"] == BASELINE else difference_of(point, run.metric),
         "adapter": point.get("adapter"),
         "sides": {side: test.get(side) or {} for side in ("audio_to_text", "text_to_audio")},
     }

@@ -23,6 +23,7 @@ from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, His
 PARAMETERS = "trainable_parameters"
 RECOMMENDED = "recommended"
 REWRITE = "`tuner search --resume` writes it again"
+_RECORD_FIELDS = ("study", "space", "settings", "objectives", "encoder", "data", "created", "seed")
 _CONFIG_GROUPS = frozenset(TrialConfig.model_fields)
 
 
@@ -138,8 +139,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         StudyError: there is no study in the folder, or one of its files is damaged.
     """
-    with _damage(folder / STUDY_FILE, "start a new study"):
-        study = read_study(folder)
+    study = _read_record(folder)
     path = folder / TRIALS_FILE
     with _damage(path, REWRITE):
         table = pq.read_table(path) if path.exists() else pa.table({})
@@ -160,15 +160,23 @@ def read_journal(folder: Path, elsewhere: bool = False) -> Run:
     Raises:
         StudyError: as `read_run`.
     """
-    with _damage(folder / STUDY_FILE, "start a new study"):
-        study = read_study(folder)
-        asked = int(study.get("trials") or 0)
+    study = _read_record(folder)
+    asked = int(study.get("trials") or 0)
     with _damage(folder / JOURNAL_FILE, REWRITE):
         rows = History(folder).rows()
     front = _read_front(folder)
     if front is not None and front.get("trials", asked) < asked:
         front = None
     return Run(folder, study, rows, front, elsewhere)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    study = read_study(folder)
+    with _damage(folder / STUDY_FILE, "start a new study"):
+        missing = [field for field in _RECORD_FIELDS if field not in study]
+        if missing:
+            raise ValueError(f"without {', '.join(missing)}")
+    return study
 
 
 def _read_front(folder: Path) -> dict[str, Any] | None:

@@ -25,8 +25,8 @@ from tuner.service.jobs import Cluster
 from tuner.storage import Storage
 
 OnBytes = Callable[[int, int], None]
-FORGET_SECONDS = 20.0
-FORGET_POLL_SECONDS = 0.2
+JOB_PREFIX = "tuner-send-"
+CLEAR_SECONDS = 10.0
 
 
 class StudySource(Protocol):
@@ -84,9 +84,9 @@ class ClusterSource:
                 raise _Whole
 
         client = self.cluster.client
-        submission_id: str = client.submit_job(
+        submission_id = self.cluster.start(
             entrypoint=shlex.join(["tuner", "send", str(self._find()), *options]),
-            submission_id=f"tuner-send-{uuid.uuid4().hex[:12]}",
+            submission_id=f"{JOB_PREFIX}{uuid.uuid4().hex[:12]}",
             # Not `study`: it is no search, and `tuner studies` lists searches.
             metadata={"sends": self.study},
         )
@@ -96,7 +96,10 @@ class ClusterSource:
             return
         finally:
             reader.close()
-            self._forget(submission_id)
+            with suppress(OSError, RuntimeError):
+                if not reader.whole:
+                    client.stop_job(submission_id)
+                self._clear()
         raise StudyError(said[0] if said else f"study {self.study}: the head sent nothing; is `tuner` installed there?")
 
     def _find(self) -> Path:
@@ -108,16 +111,16 @@ class ClusterSource:
             raise StudyError(f"study {self.study}: its search has not begun yet; try again in a minute")
         return self._run_dir
 
-    def _forget(self, submission_id: str) -> None:
-        """Take the job off the cluster's list, which is for searches; one that was interrupted is ended first."""
-        client, deadline = self.cluster.client, time.monotonic() + FORGET_SECONDS
-        with suppress(OSError, RuntimeError):
-            while not client.get_job_status(submission_id).is_terminal():
-                client.stop_job(submission_id)
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(FORGET_POLL_SECONDS)
-            client.delete_job(submission_id)
+    def _clear(self) -> None:
+        """Take earlier jobs of this kind off the cluster's list, which is for searches.
+
+        Not at once: Ray still looks after a job for seconds after its end, and lists one that it misses as failed.
+        """
+        before = 1000 * (time.time() - CLEAR_SECONDS)  # as Ray tells it
+        for job in self.cluster.client.list_jobs():
+            own = str(job.submission_id).startswith(JOB_PREFIX)
+            if own and job.status.is_terminal() and (job.end_time or 0) < before:
+                self.cluster.client.delete_job(str(job.submission_id))
 
 
 class StorageSource:

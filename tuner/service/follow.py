@@ -74,7 +74,8 @@ class _Follower:
         heard, rest, chunks = 0, "", self.client.tail_job_logs(self.submission_id)
         while True:
             try:
-                chunk = await asyncio.wait_for(anext(chunks), QUIET_SECONDS)
+                async with asyncio.timeout(QUIET_SECONDS):
+                    chunk = await anext(chunks)
             except StopAsyncIteration:
                 return
             *lines, rest = (rest + chunk).split("\n")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 RUNNING = ("PENDING", "RUNNING")
 STOP_SECONDS = 60.0
+AGENT_SECONDS = 60.0
 STOP_POLL_SECONDS = 0.2
 TOKEN_FILE = ".ray/auth_token"
 
@@ -121,7 +122,7 @@ class Cluster:
                 raise StudyError(
                     f"study {study} runs already as {job.submission_id}; follow it with `tuner logs {study}`"
                 )
-        submission_id: str = self.client.submit_job(
+        submission_id = self.start(
             entrypoint=shlex.join(["tuner", "search", "--address", "auto", "--json", *arguments]),
             # Two users who submit the same study in the same second get one job and one refusal.
             submission_id=f"tuner-{study}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
@@ -129,6 +130,21 @@ class Cluster:
             runtime_env={"working_dir": str(working_dir)} if working_dir else None,
         )
         return self.find(study, submission_id)
+
+    def start(self, **job: Any) -> str:
+        """Submit a job, with the arguments of Ray's `submit_job`; returns its submission id.
+
+        Raises:
+            StudyError: the cluster does not take it.
+        """
+        deadline = time.monotonic() + AGENT_SECONDS
+        while True:
+            try:
+                return str(self.client.submit_job(**job))
+            except RuntimeError as error:
+                # A head that was started just now, or has much to do.
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise StudyError(f"the cluster takes no job: {' '.join(str(error).split())[:300]}") from None
 
     def studies(self) -> list[StudyJob]:
         """All searches that the cluster remembers, the latest first."""
