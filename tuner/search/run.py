@@ -218,6 +218,8 @@ class _Search:
             "study": self.request.study,
             "objectives": self.record["objectives"],
             "baseline": selection.baseline,
+            # Those that it was chosen from: a study may be extended, and has an older front until it has the new one.
+            "trials": self.request.trials,
             "points": points,
         }
         write_json(self.request.run_dir / FRONT_FILE, front)
