@@ -229,6 +229,21 @@ def test_a_manifest_without_encoders(terminal: Terminal) -> None:
     assert "--encoder and --text-encoder" in terminal.refused("search", "--data", manifest)
 
 
+def test_an_audio_root_is_a_wall(terminal: Terminal, tiny: Tiny) -> None:
+    """For every command that reads a manifest; where none is read it would promise what nobody does."""
+    manifest = write_manifest(terminal.folder, {"audio": "../a.wav", "caption": "x"})
+    (terminal.folder / "root").mkdir()
+    rooted = ("--audio-root", "root")
+    encoders = ("--encoder", tiny.encoder.source, "--text-encoder", tiny.encoder.source)
+    for command in (["prepare", manifest, *encoders], ["search", "--data", manifest, *encoders]):
+        message = terminal.refused(*command, *rooted)
+        assert "manifest.jsonl, row 1: " in message and "a.wav is outside the audio root root; move" in message
+    diagnosed = terminal.run("diagnose", "--data", manifest, "--encoder", tiny.encoder.source, *rooted)
+    assert diagnosed.code == 1 and "is outside the audio root root" in diagnosed.out
+    assert "is for a manifest, and --data is none" in terminal.refused("search", "--data", tiny.store_folder, *rooted)
+    assert "is for a manifest, and --data is none" in terminal.refused("diagnose", *rooted)
+
+
 def test_data_that_does_not_exist(terminal: Terminal, tiny: Tiny) -> None:
     encoders = ("--encoder", tiny.encoder.source, "--text-encoder", tiny.encoder.source)
     assert "nowhere.jsonl" in terminal.refused("search", "--data", "nowhere.jsonl", *encoders)

@@ -119,7 +119,9 @@ def test_no_secret_becomes_part_of_a_job(
 
 
 def test_what_a_job_would_show_says_what_to_do(head: Head) -> None:
-    with pytest.raises(ConfigError, match=r"--encoder .*everybody on the cluster could read; leave it away and let the"):
+    with pytest.raises(
+        ConfigError, match=r"--encoder .*everybody on the cluster could read; leave it away and let the"
+    ):
         Cluster(head).submit("s", "full", "e", ["--encoder", URLS[0]], None)  # type: ignore[arg-type]
 
 
@@ -262,6 +264,15 @@ def test_a_job_has_no_path_for_a_name(
     given = ("--address", "http://head:8265", "--data", "/d", "--runs", "/r", option, "../x")
     assert run(monkeypatch, "search", *given) == 2
     assert "study '../x': not a name" in capsys.readouterr().err
+    assert head.submitted == []
+
+
+def test_a_job_is_not_given_a_folder_of_this_machine(
+    head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--address", "http://head:8265", "--data", "/d", "--runs", "/r", "--audio-root", "recordings")
+    assert run(monkeypatch, "search", *given) == 2
+    assert "--audio-root recordings: on a cluster, give a folder that all its nodes see" in capsys.readouterr().err
     assert head.submitted == []
 
 
