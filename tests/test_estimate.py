@@ -84,6 +84,10 @@ def test_hours_follow_from_the_rate_and_the_fleet(estimate: Estimate, tiny: Tiny
     # Lanes beyond the number of trials have nothing to do.
     many = estimate_search(request_of(tiny, tmp_path, fleet=FleetOptions(100, 1, 1)), 1e9)
     assert many.hours == pytest.approx(estimate.hours / TRIALS)
+    # Lanes for all GPUs that the search may take.
+    capped = estimate_search(request_of(tiny, tmp_path, fleet=FleetOptions(workers=2, max_gpus=5)), 1e9)
+    assert (capped.lanes, capped.worker_hours) == (2, estimate.worker_hours)
+    assert capped.hours == pytest.approx(estimate.hours / 4)
     packed = estimate_search(request_of(tiny, tmp_path, fleet=FleetOptions(1, 1, 4)), 1e9)
     assert packed.worker_bytes > estimate.worker_bytes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from tuner.commands.options import AudioRoot, study_folder
 if TYPE_CHECKING:
     from tuner.search.study import SearchRequest
     from tuner.space import SearchSpace
+    from tuner.storage import Storage
 
 # Epoch metrics that can be searched for.
 METRICS = tuple(
@@ -21,6 +24,7 @@ METRICS = tuple(
 )
 PARAMETERS = "trainable_parameters"
 DEFAULT_TRIALS = 7
+LOST = 2
 INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 
 
@@ -39,7 +43,10 @@ Objectives = Annotated[
 Trials = Annotated[
     int | None, typer.Option(min=1, help=f"total number of trials of the study  [default: {DEFAULT_TRIALS}]")
 ]
-Lanes = Annotated[int | None, typer.Option(min=1, help="training processes groups; default: one a GPU, else one")]
+Lanes = Annotated[
+    int | None, typer.Option(min=1, help="training process groups; default: one a GPU that is or may come, else one")
+]
+MaxGpus = Annotated[int | None, typer.Option(min=1, help="GPUs that this search may take, over all lanes and workers")]
 OffPath = Annotated[
     str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
 ]
@@ -47,6 +54,16 @@ Dashboard = Annotated[bool, typer.Option(help="start the Ray dashboard too, with
 ClusterAddress = Annotated[
     str | None,
     typer.Option(help="http://HEAD:8265 to submit there, or a Ray address to join; default: Ray inside this process"),
+]
+Loggers = Annotated[
+    list[str] | None,
+    typer.Option("--logger", help="also write trials to tensorboard, mlflow or wandb; repeat for several"),
+]
+StorageUri = Annotated[
+    str | None,
+    typer.Option(
+        help="keep studies here (folder, s3://, gs://), so that nodes share no file system; --runs is then local"
+    ),
 ]
 Tflops = Annotated[
     float | None, typer.Option(min=1e-6, help="with --dry-run: TFLOP/s that one worker reaches; default: timed here")
@@ -56,7 +73,7 @@ Tflops = Annotated[
 def search(
     context: typer.Context,
     space: Annotated[str, typer.Option(help="a space's name (see `tuner spaces`) or a YAML file")] = "attention_only",
-    data: Annotated[str, typer.Option(help="manifest, prepared store, or 'demo'")] = "demo",
+    data: Annotated[str, typer.Option(help="manifest, prepared store (folder, s3://, gs://), or 'demo'")] = "demo",
     encoder: Annotated[str | None, typer.Option(help="audio encoder; needed when --data is a manifest")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="text encoder; needed when --data is a manifest")] = None,
     pad_to_30s: Annotated[bool, typer.Option("--pad-to-30s", help="the original 30 s window for every clip")] = False,
@@ -71,6 +88,7 @@ def search(
     resume: Annotated[str | None, typer.Option(help="go on with this study; a larger --trials extends it")] = None,
     runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),
     lanes: Lanes = None,
+    max_gpus: MaxGpus = None,
     workers: Annotated[int, typer.Option(min=1, help="workers that share each batch of a lane")] = 1,
     pack: Annotated[int, typer.Option(min=1, help="adapters that a lane holds at once")] = 1,
     precision: Annotated[str, typer.Option(help="of the frozen encoder: auto, bf16 or fp32")] = "auto",
@@ -78,6 +96,8 @@ def search(
     seed: Annotated[int, typer.Option(min=0, help="of sampler, initialisation, dropout and batches")] = 0,
     address: ClusterAddress = None,
     dashboard: Dashboard = False,
+    logger: Loggers = None,
+    storage: StorageUri = None,
     json: Annotated[bool, typer.Option("--json", help="events as JSON lines on standard output")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, train nothing")] = False,
     tflops: Tflops = None,
@@ -88,27 +108,48 @@ def search(
     from tuner.commands.studies import submit_search
     from tuner.errors import ConfigError
     from tuner.lanes.fleet import FleetOptions
+    from tuner.search.loggers import check_loggers
     from tuner.search.study import resumed_request
 
+    options = FleetOptions(lanes, workers, pack, max_gpus)
+    check_loggers(logger or ())
+    place, runs = _places(context)
     if address is not None and address.startswith(("http://", "https://")) and not dry_run:
         submit_search(context, address, json)
         return
     if resume is not None and dry_run:
         raise ConfigError("--dry-run: reckons new studies; leave --resume away")
-    options = FleetOptions(lanes, workers, pack)
     if resume is not None:
-        request = resumed_request(study_folder(runs, resume), trials)
+        request = resumed_request(study_folder(runs, resume), trials, place)
     else:
         choice = DataChoice(data, encoder, text_encoder, pad_to_30s, audio_root)
         values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
         values["off_path"] = off_path
-        request = _new_request(_load_space(space, placement), choice, path, objective, study, runs, values)
+        request = _new_request(
+            _load_space(space, placement), choice, path, objective, study, runs, None if dry_run else place, values
+        )
         request = replace(request, trials=trials or DEFAULT_TRIALS, seed=seed)
-    request = replace(request, address=address, dashboard=dashboard, fleet=options)
+    request = replace(request, address=address, dashboard=dashboard, fleet=options, loggers=tuple(logger or ()))
     if dry_run:
         show_cost(request, tflops, json)
     else:
         _run(request, json, resume is not None)
+
+
+def _places(context: typer.Context) -> tuple[Storage | None, Path]:
+    """Where studies are kept besides their folder, and the folder of their folders."""
+    from tuner.data.cache import cache_root
+    from tuner.errors import ConfigError
+    from tuner.storage import Storage
+
+    storage, runs = context.params["storage"], context.params["runs"]
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(runs)):
+        raise ConfigError(f"--runs {runs}: is a folder of this machine; give a bucket as --storage")
+    given = context.get_parameter_source("runs")
+    if storage and context.params["address"] and (given is None or given.name != "COMMANDLINE"):
+        # The folder that a job runs in goes with it.
+        runs = cache_root() / "runs"
+    return Storage.parse(storage) if storage else None, runs
 
 
 def _run(request: SearchRequest, json: bool, resume: bool) -> None:
@@ -116,11 +157,20 @@ def _run(request: SearchRequest, json: bool, resume: bool) -> None:
     from tuner.report.live import make_view
     from tuner.search.run import run_search
 
+    again = f"tuner search --resume {request.study} --runs {request.run_dir.parent}"
+    again += f" --address {request.address}" if request.address else ""
+    view = make_view("json" if json else "auto")
+
+    def lost() -> None:
+        view.close()
+        say(f"tuner: the Ray cluster has gone; nothing is lost, bring it up and go on with `{again}`")
+        # No exception reaches the calls that wait for it.
+        os._exit(LOST)
+
     try:
-        front = run_search(request, make_view("json" if json else "auto"), resume)
+        front = run_search(request, view, resume, lost)
     except KeyboardInterrupt:
         # Said here: Typer turns the interrupt itself into a silent exit.
-        again = f"tuner search --resume {request.study} --runs {request.run_dir.parent}"
         say(f"tuner: interrupted; nothing is lost, go on with `{again}`")
         raise typer.Exit(INTERRUPTED) from None
     say(_summary(front, request))
@@ -140,25 +190,28 @@ def _new_request(
     objective: list[str] | None,
     study: str | None,
     runs: Path,
+    storage: Storage | None,
     values: dict[str, Any],
 ) -> SearchRequest:
-    from tuner.commands.inputs import choose_path, find_store
+    from tuner.commands.inputs import choose_path, find_store, place_of
     from tuner.config import RunSettings
     from tuner.data.store import Store
     from tuner.records import check_study_name
     from tuner.search.study import SearchRequest, check_new
 
     metric, minimise = parse_objectives(objective)
-    run_dir = runs / check_study_name(study or _free_name(runs, space.name))
-    check_new(run_dir)
+    run_dir = runs / check_study_name(study or _free_name(runs, storage, space.name))
+    check_new(run_dir, storage)
     store = find_store(choice)
     encoder = choose_path(Store.open(store).encoder, path, space)
-    settings = RunSettings.parse({"store": str(store.resolve()), "encoder": encoder, **values}, "tuner search")
-    return SearchRequest(run_dir, space, settings, metric, minimise)
+    place = place_of(store, choice.data, storage)
+    settings = RunSettings.parse({"store": place, "encoder": encoder, **values}, "tuner search")
+    return SearchRequest(run_dir, space, settings, metric, minimise, storage=storage)
 
 
-def _free_name(runs: Path, name: str) -> str:
+def _free_name(runs: Path, storage: Storage | None, name: str) -> str:
     taken = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
+    taken |= set(storage.folders()) if storage else set()
     numbered = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
     return next(candidate for candidate in numbered if candidate not in taken)
 

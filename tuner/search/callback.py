@@ -21,7 +21,7 @@ class Recorder(tune.Callback):
 
     Args:
         parameters: exact trainable parameters of a configuration, known before it trains.
-        first_epoch: called once, when the first epoch of this run has been reported.
+        settled: called at each epoch, until it says that it has what it needs of a first one.
     """
 
     def __init__(
@@ -30,13 +30,13 @@ class Recorder(tune.Callback):
         view: View,
         metric: str,
         parameters: Callable[[dict[str, Any]], int],
-        first_epoch: Callable[[], None],
+        settled: Callable[[], bool],
     ) -> None:
         self.journal, self.view, self.metric = journal, view, metric
-        self.parameters, self.first_epoch = parameters, first_epoch
+        self.parameters, self.settled = parameters, settled
         self.fatal: str | None = None
         self._warned: set[str] = set()
-        self._seen_epoch = False
+        self._settled = False
         self._written = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,9 +55,7 @@ class Recorder(tune.Callback):
         """Note an epoch, unless a resumed trial is only telling its past again."""
         if result.get("failed") or result.get("fatal"):
             return
-        if not self._seen_epoch:
-            self._seen_epoch = True
-            self.first_epoch()
+        self._settled = self._settled or self.settled()
         row = {key: value for key, value in result.items() if key in ROW_KEYS or key.startswith(ROW_PREFIXES)}
         if not self.journal.epoch(trial.config["trial"], row):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import ray
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StudyError
-from tuner.lanes.coordinator import Confirmation
+from tuner.lanes.messages import Confirmation
 from tuner.pareto import pareto_front
 from tuner.search.searcher import Objective, trial_id
 
@@ -45,11 +45,12 @@ def select(study: optuna.Study, objectives: Sequence[Objective]) -> Selection:
     return Selection(tuple(complete[i] for i in kept), front, baseline)
 
 
-def confirm(selection: Selection, coordinator: Any) -> list[Point]:
+def confirm(selection: Selection, coordinator: Any, waiting: Callable[[], None]) -> list[Point]:
     """Have a lane export the selected trials and measure them from their files.
 
     Args:
         coordinator: handle of the study's `Coordinator` actor.
+        waiting: called now and then until the points are there.
 
     Returns:
         The points of front.json, by rising number of trainable parameters.
@@ -63,6 +64,7 @@ def confirm(selection: Selection, coordinator: Any) -> list[Point]:
     ]
     plan = {"trials": trials, "baseline": selection.baseline}
     while True:
+        waiting()
         answer: Confirmation = ray.get(coordinator.confirm.remote(plan, WAIT_SECONDS))
         if answer.reason is not None:
             raise StudyError(f"the front cannot be confirmed: {answer.reason}")

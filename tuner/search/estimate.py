@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 
 from tuner.config import TrialConfig
-from tuner.data.store import Store
+from tuner.data.remote import open_store
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.lora.cost import Lengths, first_adapted, frozen_flops, training_bytes, training_flops, validation_flops
@@ -77,7 +77,7 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
     Raises:
         StudyError, PlacementError, DataError, EncoderError: the request does not fit encoder or data.
     """
-    store = Store.open(request.store_path)
+    store = open_store(request.settings.store)
     spec = inspect_encoder(request.settings.encoder)
     check_fit(request, spec, store)
     configs = planned_configurations(request)
@@ -111,7 +111,7 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
         cache_bytes=_cached_bytes(spec, configs, every, element),
         flops_per_second=flops_per_second or measured_rate(),
         declared=flops_per_second is not None,
-        lanes=fleet.lanes or 1,
+        lanes=fleet.lanes_on(fleet.max_gpus or fleet.workers, len(configs)),
         workers=fleet.workers,
     )
 

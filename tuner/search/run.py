@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,28 @@ from ray import tune
 
 from tuner.config import TrialConfig
 from tuner.data.cache import cache_root
+from tuner.data.remote import open_store
 from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
-from tuner.errors import StudyError
-from tuner.lanes.fleet import HEAD_NODE, Fleet, FleetSize, connected, fleet, size_fleet
+from tuner.errors import StudyError, TunerError
+from tuner.lanes.capacity import read_capacity
+from tuner.lanes.fleet import Fleet, FleetSize, connected, fleet, size_fleet
+from tuner.lanes.lifeline import Lifeline
 from tuner.lanes.trial import TrialClient
 from tuner.lora.placement import trainable_parameters
+from tuner.outage import Patience
 from tuner.records import FRONT_FILE, STUDY_FILE, Journal, write_json
 from tuner.report.html import write_report
 from tuner.report.live import StudyHeader, View
+from tuner.search.adopt import adopt
 from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select
+from tuner.search.driver_lock import only_driver
+from tuner.search.lane_watch import LaneWatch
+from tuner.search.loggers import make_loggers
+from tuner.search.metrics import MeteredView
+from tuner.search.mirror import checkpointed, mirrored
 from tuner.search.searcher import StudySearcher, trial_id
 from tuner.search.study import (
     SearchRequest,
@@ -42,44 +53,79 @@ from tuner.search.study import (
 ENDS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
 
-def run_search(request: SearchRequest, view: View, resume: bool = False) -> dict[str, Any]:
+def run_search(
+    request: SearchRequest, view: View, resume: bool = False, lost: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Run (or go on with) a study and write its front and report.
+
+    Args:
+        lost: called on a thread when the cluster has gone, to end a process that waits for it in vain; None: Ray ends
+            it after a minute.
 
     Returns:
         The content of front.json.
 
     Raises:
         StudyError: the study exists (without `resume`), or no trial could be trained.
+        StorageError: the storage is away, full or refuses access; what is on this machine is whole.
         PlacementError, DataError, EncoderError: the request does not fit encoder or data; nothing was started.
         KeyboardInterrupt: interrupted; the study is whole and can be resumed.
     """
-    store = Store.open(request.store_path)
+    store = open_store(request.settings.store)
     spec = inspect_encoder(request.settings.encoder)
     check_fit(request, spec, store)
-    record = open_record(request, spec, store, resume)
-    try:
-        # The report is drawn while lanes and Ray end: leaving `background` waits for it.
-        with ThreadPoolExecutor(1) as background, connected(request.address, request.dashboard) as dashboard_url:
-            size = _size(request, resume)
-            view.start(_header(request, dashboard_url))
-            if note := path_note(spec):
-                view.message(note)
-            with closing(Journal(request.run_dir)) as journal:
-                search = _Search(request, record, journal, view, spec, store, size)
-                front, report = search.run(background)
-        report.result()
-    finally:
-        view.close()
+    with only_driver(request.run_dir), closing(Lifeline(lost)) as lifeline:
+        record = open_record(request, spec, store, resume)
+        try:
+            with ExitStack() as copies:
+                with _undone_unless(resume, request):
+                    copies.enter_context(mirrored(request.run_dir, request.study_storage))
+                front = _search(request, record, view, spec, store, resume, lifeline)
+        except Exception:
+            # Whatever it says, it follows from that.
+            lifeline.end_if_broken()
+            raise
+        finally:
+            view.close()
     return front
 
 
-def _size(request: SearchRequest, resume: bool) -> FleetSize:
+def _search(
+    request: SearchRequest,
+    record: dict[str, Any],
+    view: View,
+    spec: EncoderSpec,
+    store: Store,
+    resume: bool,
+    lifeline: Lifeline,
+) -> dict[str, Any]:
+    # The report is drawn while lanes and Ray end: leaving `background` waits for it.
+    with ThreadPoolExecutor(1) as background, connected(request.address, request.dashboard) as dashboard_url:
+        lifeline.start()
+        with _undone_unless(resume, request):
+            size = size_fleet(request.fleet, request.trials, read_capacity())
+            loggers = make_loggers(request.loggers, request.run_dir)
+        # Before Ray is up there is nothing to measure with.
+        view = MeteredView(view, request.minimise_parameters)
+        view.start(_header(request, dashboard_url))
+        if note := path_note(spec):
+            view.message(note)
+        patience = Patience(view.message)
+        with closing(Journal(request.run_dir, patience)) as journal:
+            search = _Search(request, record, journal, view, spec, store, size, loggers, patience)
+            front, report = search.run(background)
+    report.result()
+    return front
+
+
+@contextmanager
+def _undone_unless(resume: bool, request: SearchRequest) -> Iterator[None]:
+    """A new study that cannot start leaves no record: the same command must work with options that fit."""
     try:
-        return size_fleet(request.fleet)
-    except StudyError:
+        yield
+    except TunerError:
         if not resume:
-            # The same command must work with numbers that fit.
-            discard_record(request.run_dir)
+            discard_record(request)
         raise
 
 
@@ -91,7 +137,8 @@ def _header(request: SearchRequest, dashboard_url: str | None) -> StudyHeader:
         trials=request.trials,
         epochs=request.settings.epochs,
         dashboard_url=dashboard_url,
-        run_dir=str(request.run_dir),
+        # A driver on a cluster's head may be asked from elsewhere where it is.
+        run_dir=str(request.run_dir.resolve() if request.storage else request.run_dir),
     )
 
 
@@ -107,9 +154,12 @@ class _Search:
         spec: EncoderSpec,
         store: Store,
         size: FleetSize,
+        loggers: Sequence[tune.Callback],
+        patience: Patience,
     ) -> None:
         self.request, self.record, self.journal, self.view = request, record, journal, view
-        self.spec, self.text_dim, self.size = spec, store.text_dim, size
+        self.spec, self.text_dim, self.size, self.loggers = spec, store.text_dim, size, loggers
+        self.patience = patience
 
     def run(self, background: Executor) -> tuple[dict[str, Any], Future[Path]]:
         """Lanes load while the study's database is opened; then trials, then the front, then the report behind it."""
@@ -117,22 +167,25 @@ class _Search:
         request = self.request
         with fleet(
             request.study,
+            request.space.name,
             request.settings,
             request.run_dir,
             cache_root() / "prefix",
             self.record["precision"],
             request.fleet,
             self.size,
+            request.study_storage,
         ) as lanes:
             study = self._open_study()
-            self._tune(study, lanes)
-            front = self._confirm(study, lanes)
+            watch = LaneWatch(lanes, self.size, request.fleet.workers, self.view)
+            self._tune(study, lanes, watch)
+            front = self._confirm(study, lanes, watch)
             self.journal.write_parquet()
             return front, background.submit(write_report, request.run_dir)
 
     def _open_study(self) -> optuna.Study:
         study = optuna.create_study(
-            storage=open_storage(self.request.run_dir),
+            storage=open_storage(self.request.run_dir, self.patience),
             study_name=self.request.study,
             directions=[objective.direction for objective in self.request.objectives],
             load_if_exists=True,
@@ -141,9 +194,11 @@ class _Search:
             # Names for optuna-dashboard; the call has been "experimental" since Optuna 3.2.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([objective.metric for objective in self.request.objectives])
+        if self.request.study_storage is not None:
+            adopt(study, self.request.space, fixed_configurations(), checkpointed(self.request.study_storage))
         return study
 
-    def _tune(self, study: optuna.Study, lanes: Fleet) -> None:
+    def _tune(self, study: optuna.Study, lanes: Fleet, watch: LaneWatch) -> None:
         request = self.request
         searcher = StudySearcher(
             study=study,
@@ -158,6 +213,7 @@ class _Search:
             self.journal.settle(trial_id(trial.number), ENDS[trial.state])
         if searcher.remaining == 0:
             return
+        watch.remaining = lambda: searcher.remaining
         recorder = Recorder(
             self.journal,
             self.view,
@@ -171,7 +227,7 @@ class _Search:
             TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="86400"
         )
         tuner = tune.Tuner(
-            tune.with_resources(TrialClient, {"cpu": 0, **HEAD_NODE}),
+            TrialClient,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=searcher.remaining,
@@ -182,14 +238,20 @@ class _Search:
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(request.run_dir.resolve()),
-                callbacks=[recorder],
+                callbacks=[recorder, watch, *self.loggers],
                 verbose=0,
                 stop=lambda trial, result: recorder.fatal is not None,
                 failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except tune.TuneError:
+            # Tune puts the traceback of whatever its callbacks raise into one of these.
+            recorder.fatal = recorder.fatal or self.patience.exhausted
+            if recorder.fatal is None:
+                raise
         if recorder.fatal:
             raise StudyError(f"study {request.study}: {recorder.fatal}")
         if searcher.remaining > 0:
@@ -198,22 +260,32 @@ class _Search:
     def _parameters(self, config: dict[str, Any]) -> int:
         return trainable_parameters(self.spec, TrialConfig.model_validate(config), self.text_dim)
 
-    def _note_precision(self, lanes: Fleet) -> None:
-        """A resumed study must go on in the number format it began with, on whatever machine."""
+    def _note_precision(self, lanes: Fleet) -> bool:
+        """A resumed study must go on in the number format it began with, on whatever machine. False: not yet known, by
+        a coordinator that was started again."""
         if self.record["precision"] is None:
             self.record["precision"] = ray.get(lanes.coordinator.precision.remote())
-            write_json(self.request.run_dir / STUDY_FILE, self.record)
+            self._write_json(STUDY_FILE, self.record)
+        return self.record["precision"] is not None
 
-    def _confirm(self, study: optuna.Study, lanes: Fleet) -> dict[str, Any]:
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        path = self.request.run_dir / name
+        self.patience.outlast(path, lambda: write_json(path, values))
+
+    def _confirm(self, study: optuna.Study, lanes: Fleet, watch: LaneWatch) -> dict[str, Any]:
         selection = select(study, self.request.objectives)
         if not selection.trials:
             failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-            raise StudyError(
-                f"study {self.request.study}: all {len(failed)} trials failed; "
-                f"{self.request.run_dir}/trials.parquet says why"
-            )
+            reasons = {row["reason"] for row in self.journal.rows()}
+            why = f"{self.request.run_dir}/trials.parquet says why"
+            if len(reasons) == 1:
+                why = f"each because {reasons.pop()}"
+            raise StudyError(f"study {self.request.study}: all {len(failed)} trials failed, {why}")
         self.view.message(f"confirming {len(selection.trials)} trials on the test gallery")
-        points = confirm(selection, lanes.coordinator)
+        points = confirm(selection, lanes.coordinator, watch.look)
+        if self.request.study_storage is not None:
+            for point in points:
+                self.request.study_storage.download_folder(point["adapter"], self.request.run_dir / point["adapter"])
         front = {
             "study": self.request.study,
             "objectives": self.record["objectives"],
@@ -222,5 +294,5 @@ class _Search:
             "trials": self.request.trials,
             "points": points,
         }
-        write_json(self.request.run_dir / FRONT_FILE, front)
+        self._write_json(FRONT_FILE, front)
         return front

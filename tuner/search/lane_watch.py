@@ -1,0 +1,123 @@
+"""Lanes that come and go while a search runs: the user is told whom it waits for, idle machines are let go."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray import tune
+
+from tuner.lanes.capacity import count_cpus, count_gpus, count_places, node_group, present_nodes
+from tuner.lanes.fleet import Fleet, FleetSize
+from tuner.lanes.messages import Muster
+from tuner.report.live import View
+
+LOOK_SECONDS = 1.0
+# A lane that has a place needs some seconds for its imports; one that is not up after this time waits for others' work.
+START_SECONDS = 60.0
+# How often the autoscaler is asked what it could not start.
+ASK_SECONDS = 15.0
+
+
+class LaneWatch(tune.Callback):
+    """Looks at the lanes of a search from the driver's own thread, whenever that has a moment.
+
+    Args:
+        workers: of each lane.
+
+    Attributes:
+        remaining: set when known: how many trials are still to be started or to end.
+    """
+
+    def __init__(self, lanes: Fleet, size: FleetSize, workers: int, view: View) -> None:
+        self.lanes, self.size, self.workers, self.view = lanes, size, workers, view
+        self.remaining: Callable[[], int] | None = None
+        self._started = time.monotonic()
+        self._next_look = self._next_question = 0.0
+        self._up = 0
+        self._waiting = False
+        self._needed = lanes.lanes
+        self._told: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for `Tuner.restore`, which nobody calls: the study's database is the state."""
+        return {}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called by Tune several times a second, whether or not anything has happened."""
+        self.look()
+
+    def look(self) -> None:
+        """Tell what has changed, at most once a second."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        muster: Muster = ray.get(self.lanes.coordinator.muster.remote())
+        for note in muster.notes:
+            self._tell_once(note)
+        if self._up < self.lanes.lanes:
+            self._tell_waiting(len(muster.up), now)
+        self._let_go()
+
+    def _tell_waiting(self, up: int, now: float) -> None:
+        if up > self._up and self._waiting:
+            self.view.message(f"{up} of {self.lanes.lanes} lanes are up")
+        self._up = max(up, self._up)
+        if self._up == self.lanes.lanes:
+            return
+        if not self._waiting and (self._lacks_room() or now - self._started > START_SECONDS):
+            self._waiting = True
+            self.view.message(self._waiting_for())
+        if self._waiting and self.size.capacity.possible and now >= self._next_question:
+            self._next_question = now + ASK_SECONDS
+            for failure in failed_launches():
+                self._tell_once(failure)
+
+    def _lacks_room(self) -> bool:
+        """Whether the nodes that were up at the start, taken or not, cannot hold all lanes."""
+        places = count_places(self.size.capacity.present, self.size.threads, self.size.use_gpu)
+        return places < self.lanes.lanes * self.workers
+
+    def _waiting_for(self) -> str:
+        unit, count = ("GPU", count_gpus) if self.size.use_gpu else ("CPU", count_cpus)
+        present = count(map(node_group, present_nodes().values()))
+        free = int(ray.available_resources().get(unit, 0))
+        text = f"waiting for a {unit}: {self._up} of {self.lanes.lanes} lanes are up; the cluster has {present} {unit}"
+        text += "" if present == 1 else "s"
+        if present:
+            text += f", {free} of them free"
+        possible = self.size.capacity.possible
+        return text if possible is None else f"{text}, the autoscaler may bring {max(0, count(possible) - present)}"
+
+    def _let_go(self) -> None:
+        """Lanes that have no trial left to train end, so that an autoscaler can take their machines back."""
+        if self.remaining is None or self.lanes.lanes == 1:
+            return
+        needed = math.ceil(self.remaining() / self.lanes.capacity)
+        if needed < self._needed:
+            self._needed = needed
+            self.lanes.coordinator.need.remote(needed)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.view.message(text)
+
+
+def failed_launches() -> list[str]:
+    """Machines that the autoscaler asked for in vain, with its provider's reason; autoscaler v1 does not tell."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    # A search does not end because nobody can say why it waits.
+    with suppress(ray.exceptions.RayError):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return [
+            f"the autoscaler could not start {launch.ray_node_type_name}: {' '.join((launch.details or '').split())}"
+            for launch in status.failed_launches
+        ]
+    return []
