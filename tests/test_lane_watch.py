@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from tuner.lanes.capacity import Capacity, NodeGroup
-from tuner.lanes.messages import Muster
 from tuner.lanes.fleet import Fleet, FleetSize
+from tuner.lanes.messages import Muster
 from tuner.report.live import View
 from tuner.search import lane_watch as module
 from tuner.search.lane_watch import LOOK_SECONDS, START_SECONDS, LaneWatch

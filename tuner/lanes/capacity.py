@@ -1,7 +1,7 @@
 """What a Ray cluster has and what its autoscaler may bring, in places for workers.
 
-Ray publishes the second on hosted platforms alone (`ClusterConfig` in its GCS; nothing in Ray itself writes it). So what
-the autoscaler itself reads is read here: the file that the monitor on the head was started with, or the RayCluster
+Ray publishes the second on hosted platforms alone (`ClusterConfig` in its GCS; nothing in Ray itself writes it). So
+what the autoscaler itself reads is read here: the file that the monitor on the head was started with, or the RayCluster
 object of KubeRay. Autoscaler v1 and v2 read the same.
 """
 
@@ -118,7 +118,8 @@ def read_capacity() -> Capacity:
 
 def present_nodes() -> dict[str, Mapping[str, float]]:
     """Resources of each node that is up, by node id."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
 def node_group(resources: Mapping[str, float]) -> NodeGroup:
@@ -175,7 +176,8 @@ def _kuberay_config(name: str) -> Mapping[str, Any]:
         namespace = NAMESPACE_FILE.read_text(encoding="utf-8").strip()
         # Asked once before: the producer tries for 20 s and writes a traceback each time.
         KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
-        config: Mapping[str, Any] = AutoscalingConfigProducer(name, namespace)()
+        producer: Any = AutoscalingConfigProducer
+        config: Mapping[str, Any] = producer(name, namespace)()
         return config
     except (OSError, requests.RequestException) as error:
         raise StudyError(f"RayCluster {name}: cannot be read ({' '.join(str(error).split())})") from None

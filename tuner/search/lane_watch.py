@@ -86,7 +86,8 @@ class LaneWatch(tune.Callback):
     def _waiting_for(self) -> str:
         unit, count = ("GPU", count_gpus) if self.size.use_gpu else ("CPU", count_cpus)
         present = count(map(node_group, present_nodes().values()))
-        free = int(ray.available_resources().get(unit, 0))
+        available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        free = int(available.get(unit, 0))
         text = f"waiting for a {unit}: {self._up} of {self.lanes.lanes} lanes are up; the cluster has {present} {unit}"
         text += "" if present == 1 else "s"
         if present:
