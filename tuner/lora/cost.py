@@ -79,19 +79,11 @@ def training_flops(spec: EncoderSpec, config: TrialConfig, lengths: Lengths, tex
         PlacementError: as `resolve_placement`.
     """
     run = encoding_spec(spec, config.lora)
-    head = 6 * head_parameters(run.hidden_size, config.head, text_dim) * lengths.clips
-    if config.lora is None:
-        # Pooled states of the frozen encoder are computed once, see `frozen_flops`.
-        return head
-    adapted, first = _adapted(run, config.lora)
-    blocks = 0
-    for depth in range(first, run.num_layers):
-        stage, rank = run.stages[run.stage_at(depth)], adapted.get(depth)
-        tokens, pairs = lengths.tokens(run, depth)
-        forward, attention = _forward(stage, rank), _attention(stage)
-        backward, attention_too = _backward(stage, rank, entered=depth > first)
-        blocks += tokens * (forward + backward) + pairs * attention * (3 if attention_too else 1)
-    return blocks + head
+    behind = _behind_prefix(run, config.lora)
+    blocks = sum(
+        _trained_flops(run, depth, rank, lengths, entered=place > 0) for place, (depth, rank) in enumerate(behind)
+    )
+    return blocks + 3 * _head_flops(run, config, lengths, text_dim)
 
 
 def validation_flops(spec: EncoderSpec, config: TrialConfig, lengths: Lengths, text_dim: int) -> int:
@@ -101,11 +93,8 @@ def validation_flops(spec: EncoderSpec, config: TrialConfig, lengths: Lengths, t
         PlacementError: as `resolve_placement`.
     """
     run = encoding_spec(spec, config.lora)
-    head = 2 * head_parameters(run.hidden_size, config.head, text_dim) * lengths.clips
-    if config.lora is None:
-        return head
-    adapted, first = _adapted(run, config.lora)
-    return head + _run_flops(run, adapted, range(first, run.num_layers), lengths)
+    blocks = sum(_forward_flops(run, depth, rank, lengths) for depth, rank in _behind_prefix(run, config.lora))
+    return blocks + _head_flops(run, config, lengths, text_dim)
 
 
 def frozen_flops(spec: EncoderSpec, lora: LoraSpec | None, lengths: Lengths) -> int:
@@ -116,7 +105,7 @@ def frozen_flops(spec: EncoderSpec, lora: LoraSpec | None, lengths: Lengths) -> 
     """
     run = encoding_spec(spec, lora)
     first = run.num_layers if lora is None else _adapted(run, lora)[1]
-    return stem_flops(run, lengths) + _run_flops(run, {}, range(first), lengths)
+    return stem_flops(run, lengths) + sum(_forward_flops(run, depth, None, lengths) for depth in range(first))
 
 
 def stem_flops(spec: EncoderSpec, lengths: Lengths) -> int:
@@ -165,14 +154,40 @@ def _adapted(run: EncoderSpec, lora: LoraSpec) -> tuple[dict[int, _Rank], int]:
     return adapted, placement.layers[0]
 
 
-def _run_flops(run: EncoderSpec, adapted: Mapping[int, _Rank], depths: Iterable[int], lengths: Lengths) -> int:
-    """Forward only, through these blocks."""
-    total = 0
-    for depth in depths:
-        stage = run.stages[run.stage_at(depth)]
-        tokens, pairs = lengths.tokens(run, depth)
-        total += tokens * _forward(stage, adapted.get(depth)) + pairs * _attention(stage)
-    return total
+def _behind_prefix(run: EncoderSpec, lora: LoraSpec | None) -> list[tuple[int, _Rank | None]]:
+    """Depth of each block that a trial runs itself, and its adapters, if any.
+
+    Without LoRA there is none: pooled states of the frozen encoder are computed once, see `frozen_flops`.
+    """
+    if lora is None:
+        return []
+    adapted, first = _adapted(run, lora)
+    return [(depth, adapted.get(depth)) for depth in range(first, run.num_layers)]
+
+
+def _head_flops(run: EncoderSpec, config: TrialConfig, lengths: Lengths, text_dim: int) -> int:
+    """Forward through the projection; backward takes twice that."""
+    return 2 * head_parameters(run.hidden_size, config.head, text_dim) * lengths.clips
+
+
+def _forward_flops(run: EncoderSpec, depth: int, adapted: _Rank | None, lengths: Lengths) -> int:
+    """Forward only, through one block."""
+    stage = run.stages[run.stage_at(depth)]
+    tokens, pairs = lengths.tokens(run, depth)
+    return tokens * _forward(stage, adapted) + pairs * _attention(stage)
+
+
+def _trained_flops(run: EncoderSpec, depth: int, adapted: _Rank | None, lengths: Lengths, entered: bool) -> int:
+    """Forward and backward through one block.
+
+    Args:
+        entered: see `_backward`.
+    """
+    stage = run.stages[run.stage_at(depth)]
+    tokens, pairs = lengths.tokens(run, depth)
+    backward, through_attention = _backward(stage, adapted, entered)
+    forward = _forward_flops(run, depth, adapted, lengths)
+    return forward + tokens * backward + (2 * pairs * _attention(stage) if through_attention else 0)
 
 
 def _attention(stage: Stage) -> int:
