@@ -195,15 +195,15 @@ AWS_MISTAKES: dict[str, tuple[Spoil, str]] = {
     ),
     "unpinned Ray": (
         spoil_commands("setup_commands", "make -C ~/tuner install", "pip install -U 'ray[default,tune]'"),
-        "setup_commands.4: installs whatever Ray is newest",
+        "setup_commands.1: installs whatever Ray is newest",
     ),
     "loosely pinned Ray": (
         spoil_commands("setup_commands", "make -C ~/tuner install", "pip install ray[default]==2.60.*"),
-        "setup_commands.4: installs whatever Ray is newest",
+        "setup_commands.1: installs whatever Ray is newest",
     ),
     "another Ray": (
         spoil_commands("setup_commands", "make -C ~/tuner install", "pip install ray==2.9.0; true"),
-        f"setup_commands.4: installs Ray 2.9.0, but the lock has {locked_ray()}",
+        f"setup_commands.1: installs Ray 2.9.0, but the lock has {locked_ray()}",
     ),
     "no Ray": (
         spoil_commands("setup_commands", "make -C ~/tuner install", "true"),
