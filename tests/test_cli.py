@@ -125,6 +125,7 @@ def test_every_command_is_listed(terminal: Terminal) -> None:
         "prepare",
         "search",
         "report",
+        "export",
         "spaces",
         "cluster",
         "studies",
@@ -318,7 +319,9 @@ def test_a_study_that_exists_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -
         assert "--resume mine" in terminal.refused("search", "--data", data, "--study", "mine")
 
 
-@pytest.mark.parametrize("command", ["search --resume lost", "report lost"])
+@pytest.mark.parametrize(
+    "command", ["search --resume lost", "report lost", "report lost --live", "export lost", "send lost"]
+)
 def test_a_study_that_does_not_exist(terminal: Terminal, command: str) -> None:
     assert "no study here" in terminal.refused(*command.split())
 

@@ -133,6 +133,15 @@ def test_a_search_is_submitted_followed_and_remembered(laptop: Laptop, tiny: Tin
     again = laptop.run("tuner", "logs", STUDY, "--address", laptop.address, "--json")
     assert again.count('"event": "epoch"') == TRIALS
 
+    page, adapters = laptop.host.folder / "laptop/page.html", laptop.host.folder / "laptop/adapters"
+    laptop.run("tuner", "report", STUDY, "--address", laptop.address, "--out", page)
+    assert "Points to choose from" in page.read_text()
+    laptop.run("tuner", "export", STUDY, "--address", laptop.address, "--out", adapters)
+    points = [point["trial"] for point in front["points"] if point["on_front"]]
+    assert [(adapters / trial / "card.json").read_bytes() for trial in points] == [
+        (runs / STUDY / "adapters" / trial / "card.json").read_bytes() for trial in points
+    ]
+
 
 def dashboard_answers(port: int, token: str | None) -> int:
     """The HTTP status of the jobs API, asked with or without the token."""
