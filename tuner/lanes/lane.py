@@ -244,6 +244,10 @@ class LaneWorker:
             yield
         except (TrialFailed, LaneLeaves):
             raise
+        except TunerError as error:
+            # A cache that cannot be written, say: no trial's fault, and no other trial would fare better.
+            ray.get(self.coordinator.fatal.remote(str(error)))
+            raise
         except Exception as error:
             ray.get(self.coordinator.last_words.remote(self.config.lane, first_line(error)))
             raise
