@@ -1,17 +1,7 @@
 """How much of the machine's bf16 matrix peak one LoRA epoch uses.
 
-Counted are the operations that the mathematics needs on real tokens (a product of m x k and k x n: 2 m k n), not what
-padding or recomputation adds. For one block of width D and inner width E, one token of a clip of T tokens, adapters of
-rank r on q, k, v and out:
-
-    forward   linears 2 (4 D D + 2 D E)    LoRA 4 x 2 r (D + D)    attention 2 x 2 T D
-    backward  the same linears once (input gradients; frozen weights have none), LoRA twice (gradients of inputs and
-              weights), attention twice
-
-In the first adapted block nothing below is trained, so the input gradients of q, k and v are not computed, neither
-through the frozen layers (3 x 2 D D) nor through A (3 x 2 r D). Stem and blocks below come from the prefix cache.
-Projection, loss and optimiser are below 0.1 % and left out, as are layer norms, GELU, softmax and dropout, which are no
-matrix products and only cost time.
+Counted are the operations of `tuner.lora.cost`: those that the mathematics needs on real tokens, not what padding or
+recomputation adds. Stem and blocks below the first adapted one come from the prefix cache.
 """
 
 from __future__ import annotations
@@ -20,7 +10,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 
 import torch
 
@@ -28,18 +17,15 @@ from benchmarks import run
 from benchmarks.levers import RECOMMENDED
 from benchmarks.table import show
 from tuner.commands.inputs import DataChoice, find_store
-from tuner.config import LoraSpec, RunSettings, TrialConfig
+from tuner.config import RunSettings, TrialConfig
 from tuner.data.cache import cache_root
 from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder, load_encoder
-from tuner.encoders.spec import EncoderSpec
 from tuner.errors import TrialFailed
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
-from tuner.lora.placement import resolve_placement
+from tuner.lora.cost import Lengths, training_flops
 from tuner.train.pack import Pack, PackContext
 
-ATTENTION = {"q_proj", "k_proj", "v_proj", "out_proj"}
-INPUTS = ("q_proj", "k_proj", "v_proj")  # layers that read the input of the block
 TARGET = 0.5
 # rows, in, out: square ones, and a few thousand tokens through the linears of the demo's encoder
 SHAPES = (
@@ -51,21 +37,6 @@ SHAPES = (
     (4096, 1536, 384),
 )
 MATMUL_SECONDS = 1.0
-
-
-def training_flops(spec: EncoderSpec, lora: LoraSpec, lengths: Sequence[int]) -> int:
-    """Operations of forward and backward through the adapted blocks for clips of these lengths in tokens."""
-    placement = resolve_placement(spec, lora)
-    (stage,) = spec.stages
-    assert set(placement.targets) == ATTENTION, "the formula is that of adapters on all four attention projections"
-    tokens = sum(lengths)
-    frozen = sum(2 * linear.in_features * linear.out_features for linear in stage.targets.values())
-    adapters = sum(2 * lora.rank * (t.in_features + t.out_features) for t in map(stage.targets.get, ATTENTION) if t)
-    attention = 4 * spec.hidden_size * sum(length**2 for length in lengths)
-    block = tokens * (2 * frozen + 3 * adapters) + 3 * attention
-    reading = [stage.targets[name] for name in INPUTS]
-    unneeded = sum(2 * t.in_features * t.out_features + 2 * lora.rank * t.in_features for t in reading)
-    return len(placement.layers) * block - tokens * unneeded
 
 
 def matmul_rate(rows: int, inner: int, columns: int, seconds: float = MATMUL_SECONDS) -> float:
@@ -120,8 +91,10 @@ def main(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     peak = measured_peak()
     pack, seconds = train(data, batch_size, epochs, tokens_per_forward)
-    lengths = pack.length_N[pack.train_clips].tolist()
-    work, took = training_flops(pack.encoder.spec, RECOMMENDED, lengths), statistics.median(seconds)
+    lengths, store = pack.length_N[pack.train_clips].tolist(), pack.store
+    clips = Lengths.of(store.frames[pack.train_clips].tolist())
+    work = training_flops(pack.encoder.spec, TrialConfig(lora=RECOMMENDED), clips, store.text_dim)
+    took = statistics.median(seconds)
     rate = work / took
     rows = (
         ("training clips", f"{len(lengths)}"),

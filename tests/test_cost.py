@@ -26,6 +26,7 @@ from tuner.lora.cost import (
     validation_flops,
 )
 from tuner.lora.linear import LoraLinear
+from tuner.lora.placement import head_parameters
 from tuner.train.model import pool_clips
 from tuner.train.pack import Pack, PackContext
 from tuner.train.prefix import LivePrefix
@@ -90,6 +91,31 @@ def test_training_and_validation_cost_what_torch_counts(
     ):
         clips = store.split(split)
         assert estimate(spec, config, lengths(store.frames[clips]), TEXT_DIM) == pytest.approx(counted(run), rel=0.03)
+
+
+def added_product(_: Any, left: Any, right: Any, **__: Any) -> int:
+    """A product that is added to its output in place, which torch's counter does not know."""
+    return 2 * int(left[0] * left[1] * right[1])
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_attention_costs_exactly_what_torch_counts(
+    tiny: Tiny, spec: EncoderSpec, tmp_path: Path, first_layer: int
+) -> None:
+    """The products of one forward and backward pass, from the cache, on a clip without any padding."""
+    config = TrialConfig(lora=LoraSpec(rank=4, targets=ATTENTION, first_layer=first_layer))
+    pack = Pack(PackContext(load_encoder(spec, torch.bfloat16), tiny.store(), tiny.settings(), prefix_root=tmp_path))
+    pack.attach("t", config)
+    prefix, clip = pack.prefix(first_layer), pack.train_clips[:1]
+    pack.members["t"].activate(training=True)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+        pool_clips(pack.encoder, prefix, clip, pack.length_N[clip], 64).sum().backward()
+    # The bias of an adapted layer is one more column of its low-rank product.
+    biases = 3 * (spec.num_layers - first_layer) * 2 * int(pack.length_N[clip][0]) * spec.hidden_size
+    # Nothing went through the head.
+    head = 3 * 2 * head_parameters(spec.hidden_size, config.head, TEXT_DIM)
+    estimate = training_flops(spec, config, lengths(tiny.store().frames[clip]), TEXT_DIM) - head
+    assert counter.get_total_flops() == estimate + biases
 
 
 @pytest.mark.usefixtures("plain")
