@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import ray
 
@@ -32,6 +32,18 @@ class Lifeline:
         self.lost = lost
         self._closed, self._started = threading.Event(), False
         self._heard = time.monotonic()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for the length of a block in which Ray is up; an error that leaves it may be the cluster's doing."""
+        self.start()
+        try:
+            yield
+        except Exception:
+            self.end_if_broken()
+            raise
+        finally:
+            self.close()
 
     def start(self) -> None:
         """Begin to watch; Ray must be up."""

@@ -74,17 +74,13 @@ def run_search(
     store = open_store(request.settings.store)
     spec = inspect_encoder(request.settings.encoder)
     check_fit(request, spec, store)
-    with only_driver(request.run_dir), closing(Lifeline(lost)) as lifeline:
+    with only_driver(request.run_dir):
         record = open_record(request, spec, store, resume)
         try:
             with ExitStack() as copies:
                 with _undone_unless(resume, request):
                     copies.enter_context(mirrored(request.run_dir, request.study_storage))
-                front = _search(request, record, view, spec, store, resume, lifeline)
-        except Exception:
-            # Whatever it says, it follows from that.
-            lifeline.end_if_broken()
-            raise
+                front = _search(request, record, view, spec, store, resume, Lifeline(lost))
         finally:
             view.close()
     return front
@@ -100,8 +96,11 @@ def _search(
     lifeline: Lifeline,
 ) -> dict[str, Any]:
     # The report is drawn while lanes and Ray end: leaving `background` waits for it.
-    with ThreadPoolExecutor(1) as background, connected(request.address, request.dashboard) as dashboard_url:
-        lifeline.start()
+    with (
+        ThreadPoolExecutor(1) as background,
+        connected(request.address, request.dashboard) as dashboard_url,
+        lifeline.watching(),
+    ):
         with _undone_unless(resume, request):
             size = size_fleet(request.fleet, request.trials, read_capacity())
             loggers = make_loggers(request.loggers, request.run_dir)
