@@ -23,6 +23,8 @@ from tuner.errors import ConfigError
 from tuner.records import flat_config
 from tuner.search.callback import ROW_KEYS, ROW_PREFIXES
 
+WANDB_START_SECONDS = 600.0
+
 
 @dataclass(eq=False)
 class LoggedTrial:
@@ -179,7 +181,10 @@ def _wandb(study: str, folder: Path) -> Any:
 
     # A worker of a cluster does not see this process's environment.
     mode: dict[str, Any] = {"mode": os.environ["WANDB_MODE"]} if "WANDB_MODE" in os.environ else {}
-    return WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "tuner"), group=study, **mode)
+    # A run that takes longer to begin is lost without a word, and on a busy head a hundred may begin at once.
+    settings = {"init_timeout": WANDB_START_SECONDS}
+    project = os.environ.get("WANDB_PROJECT", "tuner")
+    return WandbLoggerCallback(project=project, group=study, settings=settings, **mode)
 
 
 MAKERS: dict[str, Callable[[str, Path], Any]] = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
