@@ -169,6 +169,7 @@ def fleet(
     options: FleetOptions,
     size: FleetSize,
     storage: Storage | None = None,
+    embedded: bool = False,
 ) -> Iterator[Fleet]:
     """Start the lanes of a study and stop them at the end; they load while the driver goes on."""
     name = f"tuner-coordinator:{study}"
@@ -193,7 +194,7 @@ def fleet(
     # Our lanes report nothing through Ray Train, so its controllers need not look at their workers often.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     hosts = {
-        lane: threading.Thread(target=host_lane, args=(replace(config, lane=lane),), daemon=True)
+        lane: threading.Thread(target=host_lane, args=(replace(config, lane=lane), embedded), daemon=True)
         for lane in (f"tuner-lane-{study}-{index}" for index in range(size.lanes))
     }
     for thread in hosts.values():

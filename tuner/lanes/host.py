@@ -10,22 +10,23 @@ import ray
 from tuner.lanes.lane import LaneConfig, lane_loop
 
 
-def host_lane(config: LaneConfig) -> None:
+def host_lane(config: LaneConfig, embedded: bool) -> None:
     """Run one lane until the coordinator says stop; a dead worker restarts the lane's worker group.
 
     Runs on a thread of the driver: Train's controller is a process of its own, and this only waits for it.
+
+    Args:
+        embedded: this process started Ray, and Ray ends with it.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    # TorchTrainer is this class with a backend that makes the process group, and importing it brings torch into
-    # this process and into Train's controller: 0.4 GB and seconds each. `join_group` makes the group instead.
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
     from tuner.lanes.named import NamedWorkers
+    from tuner.lanes.trainer import LaneTrainer
 
     resources = {"CPU": float(config.threads), **({"GPU": 1.0} if config.use_gpu else {})}
-    trainer = DataParallelTrainer(
+    trainer = LaneTrainer(
         lane_loop,
+        embedded=embedded,
         train_loop_config={"lane": config},
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources

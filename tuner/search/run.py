@@ -174,6 +174,7 @@ class _Search:
             request.fleet,
             self.size,
             request.study_storage,
+            embedded=request.address is None,
         ) as lanes:
             study = self._open_study()
             watch = LaneWatch(lanes, self.size, request.fleet.workers, self.view)
