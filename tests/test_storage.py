@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from conftest import Tiny
 from optuna.trial import TrialState
 from searches import STUDY
 
+from tuner import cli
+from tuner.commands.inputs import place_of
 from tuner.config import TrialConfig
 from tuner.data.remote import fetch_store, open_store, upload_store
 from tuner.data.store import META_FILE, Store
@@ -326,6 +329,34 @@ def test_other_files_are_not_replaced_by_a_store(server: BucketServer, tiny: Tin
     with pytest.raises(DataError, match="holds other files"):
         upload_store(tiny.store_folder, place)
     assert place.names() == ["thesis.tex"]
+
+
+def test_prepare_puts_its_store_where_it_is_told(
+    server: BucketServer, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prepares is `test_prepare.py`'s; here it has prepared it before."""
+    monkeypatch.setattr("tuner.commands.inputs.make_store", lambda *given: tiny.store_folder)
+    uri = server.uri("prepared")
+    arguments = ["prepare", "manifest.csv", "--encoder", "e", "--text-encoder", "t", "--out", uri]
+    monkeypatch.setattr(sys, "argv", ["tuner", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"{uri}\n"
+    assert len(open_store(uri)) == len(tiny.store())
+
+
+def test_a_store_of_this_machine_alone_is_put_into_the_storage(storage: Storage, tiny: Tiny, cache: Path) -> None:
+    """The demo and manifests are prepared into the cache of the head; lanes on other nodes ask the storage."""
+    own = shutil.copytree(tiny.store_folder, cache / "stores" / "tiny-store")
+    place = place_of(own, "demo", storage)
+    assert place == storage.at("stores", "tiny-store").place
+    shutil.rmtree(own)
+    assert len(open_store(place)) == len(tiny.store())
+    assert place_of(tiny.store_folder, str(tiny.store_folder), storage) == str(tiny.store_folder), (
+        "a place of the user's"
+    )
+    assert place_of(own, "s3://b/store", storage) == "s3://b/store"
 
 
 # A lane's files
