@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.encoders.checkpoint import fingerprint, positive, read_json, tower_config, weight_files
-from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.checkpoint import positive, read_json, tower_config, weight_files
+from tuner.encoders.family import PREPROCESSOR, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.errors import DataError, EncoderError
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 WHOLE, TOWER = "clap", "clap_audio_model"
 PREFIXES = {WHOLE: ("audio_model.audio_encoder.",), TOWER: ("audio_model.audio_encoder.", "audio_encoder.")}
-PREPROCESSOR = "preprocessor_config.json"
 SAMPLING_RATE = 48_000  # Hz
 # What the nested configuration of a whole model may leave out: the defaults of transformers.
 DEFAULTS = {
@@ -79,7 +78,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
         EncoderError: a field of the configuration is wrong or asks for fusion, there are no weights or no preprocessor
             configuration, or padding to 30 s is asked for.
     """
-    folder, family = source.folder, source.model_type
+    folder = source.folder
     if source.ref.pad_to_30s:
         raise EncoderError(f"{source.ref.source}: a clip always fills the window of CLAP; leave pad_to_30s out")
     config = tower_config(source.config, DEFAULTS)
@@ -97,14 +96,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
             "num_mel_bins in config.json have room for; fetch the model again"
         )
     return EncoderSpec(
-        family=family,
-        source=source.ref.source,
-        folder=folder,
-        checkpoint=source.checkpoint,
-        pad_to_30s=False,
-        fingerprint=fingerprint(
-            [folder / "config.json", folder / PREPROCESSOR], weight_files(folder, PREFIXES[family]), family
-        ),
+        **source.facts(weight_files(folder, PREFIXES[source.model_type])),
         sampling_rate=SAMPLING_RATE,
         feature_channels=mels,
         max_frames=frames,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,12 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.config import EncoderPath, EncoderRef
+from tuner.encoders.checkpoint import fingerprint
 from tuner.encoders.spec import CheckpointKind, EncoderSpec
 
 if TYPE_CHECKING:
     import torch
 
     from tuner.encoders.base import AudioEncoder
+
+PREPROCESSOR = "preprocessor_config.json"
+# Where a whole model has its audio tower: in transformers, and in checkpoints, of which those of transformers 4 have it
+# one level higher.
+TOWER_PATH = "model.audio_tower"
+TOWER_PREFIXES = ("audio_tower.", "model.audio_tower.")
 
 
 class FeatureExtractor(Protocol):
@@ -51,6 +58,23 @@ class EncoderSource:
     def model_type(self) -> str:
         """Name of the family that `config.json` gives."""
         return str(self.config.get("model_type"))
+
+    def facts(self, weights: Iterable[Path], *settings: object) -> dict[str, Any]:
+        """What all families say of themselves in `EncoderSpec`.
+
+        Args:
+            weights: files that hold the encoder.
+            settings: what its output depends on besides its files.
+        """
+        configs = [self.folder / "config.json", self.folder / PREPROCESSOR]
+        return {
+            "family": self.model_type,
+            "source": self.ref.source,
+            "folder": self.folder,
+            "checkpoint": self.checkpoint,
+            "pad_to_30s": self.ref.pad_to_30s,
+            "fingerprint": fingerprint(configs, weights, self.model_type, *settings),
+        }
 
 
 @dataclass(frozen=True)

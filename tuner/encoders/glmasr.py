@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tuner.encoders.checkpoint import tower_config, weight_files
-from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.family import TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget
-from tuner.encoders.whisper import WhisperFeatures, whisper_spec
+from tuner.encoders.whisper import LARGE_SIZES, WhisperFeatures, in_whisper_names, whisper_spec
 from tuner.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -22,24 +22,10 @@ if TYPE_CHECKING:
     from tuner.encoders.base import AudioEncoder
 
 WHOLE, TOWER = "glmasr", "glmasr_encoder"
-PREFIXES = {WHOLE: ("audio_tower.", "model.audio_tower."), TOWER: ("",)}
-TOWER_PATHS = {WHOLE: "model.audio_tower", TOWER: ""}
+PREFIXES = {WHOLE: TOWER_PREFIXES, TOWER: ("",)}
+TOWER_PATHS = {WHOLE: TOWER_PATH, TOWER: ""}
 # The nested configuration of a whole model may leave out what equals the defaults: the sizes of GLM-ASR-Nano.
-DEFAULTS = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "num_mel_bins": 128,
-    "max_position_embeddings": 1500,
-}
-_WHISPER_NAMES = {
-    "d_model": "hidden_size",
-    "encoder_ffn_dim": "intermediate_size",
-    "encoder_layers": "num_hidden_layers",
-    "num_mel_bins": "num_mel_bins",
-    "max_source_positions": "max_position_embeddings",
-}
+DEFAULTS = LARGE_SIZES | {"max_position_embeddings": 1500}
 _SUFFIXES = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -73,7 +59,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
             "which this program does not run"
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
-    names = {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}
+    names = in_whisper_names(config, "max_position_embeddings")
     spec = whisper_spec(source, names, weights, TOWER_PATHS[source.model_type])
     (stage,) = spec.stages
     width, wide = stage.width, stage.targets["fc1"].out_features

@@ -17,9 +17,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tuner.encoders.checkpoint import fingerprint, positive, tower_config, weight_files
-from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.family import PREPROCESSOR, TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
-from tuner.encoders.whisper import PREPROCESSOR, WhisperFeatures, whisper_spec
+from tuner.encoders.whisper import WhisperFeatures, whisper_spec
 from tuner.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from tuner.encoders.base import AudioEncoder
 
 WHOLE, TOWER = "qwen2_audio", "qwen2_audio_encoder"
-# transformers 4 wrote `audio_tower`, which is what checkpoints have on disk; its successor holds `model.audio_tower`.
-PREFIXES = {WHOLE: ("audio_tower.", "model.audio_tower."), TOWER: ("",)}
-TOWER_PATHS = {WHOLE: "model.audio_tower", TOWER: ""}
+PREFIXES = {WHOLE: TOWER_PREFIXES, TOWER: ("",)}
+TOWER_PATHS = {WHOLE: TOWER_PATH, TOWER: ""}
 # Parts that the language model's path reads, by their names below the root of the adapters (`Qwen2AudioModel`).
 PARTS = {
     "audio_tower.": PREFIXES[WHOLE],

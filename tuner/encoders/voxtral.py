@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config, weight_files
-from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.family import TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper import WhisperFeatures, whisper_spec
+from tuner.encoders.whisper import LARGE_SIZES, WhisperFeatures, in_whisper_names, whisper_spec
 
 if TYPE_CHECKING:
     import torch
@@ -20,24 +20,10 @@ if TYPE_CHECKING:
     from tuner.encoders.base import AudioEncoder
 
 WHOLE, TOWER = "voxtral", "voxtral_encoder"
-PREFIXES = {WHOLE: ("audio_tower.", "model.audio_tower."), TOWER: ("",)}
-TOWER_PATHS = {WHOLE: "model.audio_tower", TOWER: ""}
+PREFIXES = {WHOLE: TOWER_PREFIXES, TOWER: ("",)}
+TOWER_PATHS = {WHOLE: TOWER_PATH, TOWER: ""}
 # The nested configuration of a whole model may leave out what equals the defaults: the sizes of Voxtral-Mini-3B.
-DEFAULTS = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "num_mel_bins": 128,
-    "max_source_positions": 1500,
-}
-_WHISPER_NAMES = {
-    "d_model": "hidden_size",
-    "encoder_ffn_dim": "intermediate_size",
-    "encoder_layers": "num_hidden_layers",
-    "num_mel_bins": "num_mel_bins",
-    "max_source_positions": "max_source_positions",
-}
+DEFAULTS = LARGE_SIZES | {"max_source_positions": 1500}
 _NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
 
 
@@ -49,7 +35,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     """
     config = tower_config(source.config, DEFAULTS)
     weights = weight_files(source.folder, PREFIXES[source.model_type])
-    names = {ours: config[theirs] for ours, theirs in _WHISPER_NAMES.items()}
+    names = in_whisper_names(config, "max_source_positions")
     return whisper_spec(source, names, weights, TOWER_PATHS[source.model_type])
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.encoders.checkpoint import fingerprint, positive, read_json, weight_files
-from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.checkpoint import positive, read_json, weight_files
+from tuner.encoders.family import PREPROCESSOR, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.errors import DataError, EncoderError
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # The encoder alone, and inside a model with a head (`Wav2Vec2ForCTC` and others).
 PREFIXES = {name: (f"{name}.", "") for name in ("wav2vec2", "hubert", "wavlm")}
-PREPROCESSOR = "preprocessor_config.json"
 SAMPLING_RATE = 16_000  # Hz
 # The architecture has no limit; attention over a clip grows with its square, and all families stop here.
 MAX_SECONDS = 30
@@ -65,14 +64,8 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     targets = {name: LinearTarget(f"attention.{name}", width, width) for name in ATTENTION}
     targets["intermediate_dense"] = LinearTarget("feed_forward.intermediate_dense", width, wide)
     targets["output_dense"] = LinearTarget("feed_forward.output_dense", wide, width)
-    configs = [folder / "config.json", folder / PREPROCESSOR]
     return EncoderSpec(
-        family=family,
-        source=source.ref.source,
-        folder=folder,
-        checkpoint=source.checkpoint,
-        pad_to_30s=False,
-        fingerprint=fingerprint(configs, weight_files(folder, PREFIXES[family]), family),
+        **source.facts(weight_files(folder, PREFIXES[family])),
         sampling_rate=SAMPLING_RATE,
         feature_channels=1,
         max_frames=MAX_SECONDS * SAMPLING_RATE,

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.encoders import ctranslate2
-from tuner.encoders.checkpoint import fingerprint, positive, read_json, weight_files
-from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.checkpoint import positive, read_json, weight_files
+from tuner.encoders.family import PREPROCESSOR, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.errors import DataError, EncoderError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # How the encoder's tensors are named inside a WhisperForConditionalGeneration, a WhisperModel and a WhisperEncoder.
 PREFIXES = ("model.encoder.", "encoder.", "")
-PREPROCESSOR = "preprocessor_config.json"
 SAMPLING_RATE = 16_000  # Hz
 HOP = 160  # samples between frames
 FFT = 400  # samples of one frame
@@ -37,6 +36,14 @@ ALIASES = {
 }
 CONVOLUTIONS = (Window(kernel=3, stride=1, padding=1), Window(kernel=3, stride=2, padding=1))
 STRIDE = 2  # frames a token
+# Sizes of the large Whisper in the names of newer families, whose towers have them: see `in_whisper_names`.
+LARGE_SIZES = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "num_mel_bins": 128,
+}
 # Below 12 frames the matrix kernels of torch round differently from those of the 30 s run; 64 leaves a margin.
 MIN_FRAMES = 64
 
@@ -64,6 +71,22 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     return whisper_spec(source, encoder_config(folder, source.checkpoint), weights, "model.encoder")
 
 
+def in_whisper_names(config: Mapping[str, Any], positions: str) -> dict[str, Any]:
+    """The configuration of a tower whose sizes have the names of newer families, for `whisper_spec`.
+
+    Args:
+        positions: what the family calls the largest number of positions.
+    """
+    names = {
+        "d_model": "hidden_size",
+        "encoder_ffn_dim": "intermediate_size",
+        "encoder_layers": "num_hidden_layers",
+        "num_mel_bins": "num_mel_bins",
+        "max_source_positions": positions,
+    }
+    return {ours: config[theirs] for ours, theirs in names.items()}
+
+
 def whisper_spec(
     source: EncoderSource,
     config: Mapping[str, Any],
@@ -81,19 +104,13 @@ def whisper_spec(
     Raises:
         EncoderError: a field is missing from the configuration.
     """
-    folder, family = source.folder, source.model_type
+    folder = source.folder
     width, wide = positive(config, "d_model", folder), positive(config, "encoder_ffn_dim", folder)
     max_frames = STRIDE * positive(config, "max_source_positions", folder)
     targets = {name: LinearTarget(f"self_attn.{name}", width, width) for name in ATTENTION}
     targets |= {"fc1": LinearTarget("fc1", width, wide), "fc2": LinearTarget("fc2", wide, width)}
-    configs = [folder / "config.json", folder / PREPROCESSOR]
     return EncoderSpec(
-        family=family,
-        source=source.ref.source,
-        folder=folder,
-        checkpoint=source.checkpoint,
-        pad_to_30s=source.ref.pad_to_30s,
-        fingerprint=fingerprint(configs, weights, family, source.ref.pad_to_30s),
+        **source.facts(weights, source.ref.pad_to_30s),
         sampling_rate=SAMPLING_RATE,
         feature_channels=positive(config, "num_mel_bins", folder),
         max_frames=max_frames,
