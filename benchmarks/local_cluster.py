@@ -45,12 +45,7 @@ class LocalCluster:
         # Ray starts the dashboard's other half in any case; 8265 may be another cluster's.
         head = {"num_cpus": 0, "gcs_server_port": self.port, "include_dashboard": False, "dashboard_port": free_port()}
         self._cluster = Cluster(initialize_head=True, head_node_args={**head, **self._common()})
-        for _ in range(nodes):
-            self.add_node()
-
-    def add_node(self) -> None:
-        """A worker node more."""
-        self.nodes.append(self._cluster.add_node(num_cpus=1, **self._common()))
+        self.nodes = [self._cluster.add_node(num_cpus=1, **self._common()) for _ in range(nodes)]
 
     def _common(self) -> dict[str, Any]:
         return {"temp_dir": str(self.folder / "ray")}
@@ -66,12 +61,6 @@ class LocalCluster:
         head = self._cluster.head_node
         kill(_pids(head))
         head.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-
-    def restart(self) -> None:
-        """A new head at the old address, and as many new worker nodes."""
-        nodes = len(self.nodes)
-        self.stop()
-        self.start(nodes)
 
     def stop(self) -> None:
         """Nothing is left of it."""

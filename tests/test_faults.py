@@ -10,15 +10,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Tiny
 from searches import Driver, Runs, epochs_of
+from test_pack_faults import BROKEN_CLIP, poisoned_store
 
 from benchmarks.local_cluster import COORDINATOR, LANE, LocalCluster, kill, local_cluster, until
 
@@ -46,7 +48,7 @@ DISTURBED = {"coordinator killed": "t0001", "node killed": "t0002", "node draine
 def faulty(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     runs = Runs(tmp_path_factory.mktemp("faults"), tiny)
     result = Faulty(runs)
-    with local_cluster(nodes=2) as cluster, pytest.MonkeyPatch.context() as patch:
+    with local_cluster(nodes=3) as cluster, pytest.MonkeyPatch.context() as patch:
         # Trials of the tiny store end sooner than Ray Train's watcher would look for notices.
         patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.1")
         options = runs.new("--trials", TRIALS, "--epochs", EPOCHS, "--lanes", 1, "--address", cluster.address)
@@ -67,7 +69,6 @@ def disturb(cluster: LocalCluster, driver: Driver, fault: str, trial: str, resul
         kill(list(cluster.actors(COORDINATOR)))
     elif fault == "node killed":
         cluster.kill_node(node)
-        cluster.add_node()
     else:
         # The trial must not end before the notice has been given.
         worker = psutil.Process(lane)
@@ -119,3 +120,18 @@ def test_the_lane_moves_to_another_node(faulty: Faulty, fault: str) -> None:
 def test_a_coordinator_that_was_killed_costs_no_worker(faulty: Faulty) -> None:
     before, after = faulty.nodes["coordinator killed"]
     assert before == after
+
+
+def test_a_clip_that_ends_every_trial_is_in_the_last_sentence(tiny: Tiny, tmp_path: Path) -> None:
+    """And in the table, with each trial; no lane dies of it."""
+    poisoned_store(tiny, tmp_path / "store", BROKEN_CLIP)
+    runs = Runs(tmp_path, replace(tiny, store_folder=tmp_path / "store"))
+    with runs.driver(*runs.new("--trials", 2, "--epochs", 1)) as driver:
+        ended = driver.wait()
+    assert ended.code == 2, ended
+    (sentence,) = [line for line in ended.err.splitlines() if line.startswith("tuner: ")]
+    clip = f"the features of clip clip-{BROKEN_CLIP} ({BROKEN_CLIP}.wav, row {BROKEN_CLIP} of "
+    assert f"all 2 trials failed, each because {clip}" in sentence
+    rows = pq.read_table(runs.study / "trials.parquet").to_pylist()
+    assert [row["state"] for row in rows] == ["failed", "failed"]
+    assert all(row["reason"].startswith(clip) for row in rows)
