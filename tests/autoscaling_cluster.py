@@ -23,7 +23,7 @@ import yaml
 from loopback_host import free_port, processes_of
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
-PATIENCE = 180.0  # seconds for anything that the cluster does, on a busy machine
+PATIENCE = 500.0  # seconds for anything that the cluster does, on a busy machine
 OBJECT_STORE_BYTES = 80 * 1024**2
 IDLE_SECONDS = 3.0
 # Everything that listens gets a port that is free, since another Ray may have the usual ones; and so the head does not

@@ -20,7 +20,7 @@ from autoscaling_cluster import PATIENCE, AutoscalingCluster, autoscaling_cluste
 from conftest import Tiny
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 MAX_NODES = 2
 TRAINS = "Lane"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import requests
@@ -53,6 +55,24 @@ def test_the_largest_nodes_are_counted_first() -> None:
     }
     config = {"max_workers": 3, "available_node_types": kinds, "head_node_type": "head"}
     assert worker_groups(config) == (NodeGroup(64, 8, 1), NodeGroup(4, 1, 2))
+
+
+@pytest.mark.parametrize(("port", "groups"), [("6379", (NodeGroup(4, 1, 8),)), ("6380", None), ("6381", None)])
+def test_the_file_is_that_of_this_clusters_own_monitor(
+    port: str, groups: tuple[NodeGroup, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine may be the head of several clusters, and each node has a `log_monitor.py` beside it."""
+    scaling = f"--autoscaling-config={REPOSITORY / 'cluster.yaml'}"
+    commands = [
+        None,  # of a process that has just ended
+        ["python", "ray/_private/log_monitor.py", "--gcs-address=10.0.0.1:6379"],
+        ["python", "ray/autoscaler/v2/monitor.py", "--gcs-address=10.0.0.1:6380"],
+        ["python", "ray/autoscaler/v2/monitor.py", "--gcs-address=10.0.0.1:6379", scaling],
+    ]
+    processes = [SimpleNamespace(info={"cmdline": command}) for command in commands]
+    monkeypatch.setattr(psutil, "process_iter", lambda attributes: processes)
+    monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
+    assert read_autoscaler(port) == groups
 
 
 def kubernetes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: dict[str, Any] | Exception) -> list[str]:

@@ -160,7 +160,8 @@ def read_autoscaler(gcs_port: str) -> tuple[NodeGroup, ...] | None:
 def _monitor_arguments(gcs_port: str) -> list[str] | None:
     for process in psutil.process_iter(["cmdline"]):
         arguments: list[str] = process.info["cmdline"] or []
-        if any(argument.endswith("monitor.py") for argument in arguments) and any(
+        # Not log_monitor.py, which each node has.
+        if any(Path(argument).name == "monitor.py" for argument in arguments) and any(
             argument.startswith("--gcs-address=") and argument.endswith(f":{gcs_port}") for argument in arguments
         ):
             return arguments
