@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from ray.job_submission import JobStatus
+from conftest import Tiny
 
 from tuner import cli
 from tuner.errors import ConfigError, StudyError
@@ -107,11 +108,11 @@ class Head:
 
     def __init__(self, log: list[str], connections: list[int | None]) -> None:
         self.log, self.connections = log, connections
-        self.status = "RUNNING"
+        self.status, self.space = "RUNNING", "full"
         self.submitted: list[dict[str, Any]] = []
 
     def list_jobs(self) -> list[Any]:
-        metadata = {"study": "s", "space": "full", "user": "me"}
+        metadata = {"study": "s", "space": self.space, "encoder": "whisper-small", "user": "me"}
         status = SimpleNamespace(value=self.status)
         other = SimpleNamespace(submission_id=None, metadata=None, status=status, start_time=None)
         return [other, SimpleNamespace(submission_id="one", metadata=metadata, status=status, start_time=1000)]
@@ -199,9 +200,35 @@ def test_what_the_user_wrote_is_sent_and_nothing_else(head: Head, monkeypatch: p
         "tuner search --address auto --json --data '/mnt/s t' --pad-to-30s --objective recall@1 "
         "--objective trainable_parameters --trials 3 --runs /mnt/runs --study s --space full"
     )
-    assert job["metadata"].keys() == {"study", "space", "user"}
-    assert (job["metadata"]["study"], job["metadata"]["space"]) == ("s", "full")
+    assert job["metadata"].keys() == {"study", "space", "encoder", "user"}
+    assert [job["metadata"][key] for key in ("study", "space", "encoder")] == ["s", "full", "that of s t"]
     assert job["runtime_env"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--data", "/mnt/store", "--encoder", "openai/whisper-small"], ["full", "openai/whisper-small"]),
+        ([], ["full", "Whisper tiny.en of the demo"]),
+        (["--resume", "s"], ["attention_only", "whisper-small"]),
+    ],
+)
+def test_the_job_shows_space_and_encoder(
+    given: list[str], shown: list[str], head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a resumed study are those that it was started with, which this machine need not know."""
+    head.space = "attention_only"
+    own = [] if "--resume" in given else ["--study", "s", "--space", "full"]
+    assert tuner(monkeypatch, "search", "--address", "http://head:8265", "--runs", "/r", *own, *given) == 0
+    assert [head.submitted[0]["metadata"][key] for key in ("space", "encoder")] == shown
+
+
+def test_the_encoder_of_a_store_that_both_see_is_read_there(
+    head: Head, monkeypatch: pytest.MonkeyPatch, tiny: Tiny
+) -> None:
+    given = ["--address", "http://head:8265", "--runs", "/r", "--data", str(tiny.store_folder), "--study", "s"]
+    assert tuner(monkeypatch, "search", *given) == 0
+    assert head.submitted[0]["metadata"]["encoder"] == tiny.encoder.source
 
 
 def test_a_space_of_the_users_own_travels_along(head: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,6 +253,9 @@ def test_a_space_of_the_users_own_travels_along(head: Head, monkeypatch: pytest.
     [
         (["--data", "here/store", "--runs", "/r"], "--data here/store: on a cluster, give a folder that all"),
         (["--data", "/there"], "--runs runs: on a cluster, give a folder that all its nodes see"),
+        (["--data", "store", "--storage", "s3://b/studies"], "--data store: on a cluster, give a folder that all its"),
+        (["--storage", "studies"], "--storage studies: on a cluster, give a folder that all its nodes see"),
+        (["--storage", "s3://key:hidden-word@b/x"], "holds credentials, which lists of processes would show"),
         (["--data", "/d", "--runs", "/r", "--space", "ful"], "did you mean full?"),
     ],
 )
@@ -241,11 +271,20 @@ def test_what_cannot_work_there_is_refused_here(
     assert head.submitted == []
 
 
+def test_with_a_storage_nodes_share_no_folder(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = ["--data", "s3://b/stores/demo", "--storage", "s3://b/studies"]
+    assert tuner(monkeypatch, "search", "--address", "http://head:8265", *places, "--study", "s") == 0
+    assert head.submitted[0]["entrypoint"] == (
+        "tuner search --address auto --json --data s3://b/stores/demo --storage s3://b/studies --study s "
+        "--space attention_only"
+    )
+
+
 def test_a_study_runs_once_at_a_time(head: Head) -> None:
     head.status = "RUNNING"
     cluster = Cluster(head)  # type: ignore[arg-type]
     with pytest.raises(StudyError, match="study s runs already as one; follow it with `tuner logs s`"):
-        cluster.submit("s", "full", [], None)
+        cluster.submit("s", "full", "whisper-small", [], None)
     assert cluster.stop(cluster.find("s")).state == "STOPPED"
     with pytest.raises(StudyError, match="has ended already"):
         cluster.stop(cluster.find("s"))
@@ -267,7 +306,7 @@ def test_status_says_how_far_it_is_and_what_failed(
     head.log, head.status = [out.getvalue()], "RUNNING"
     assert tuner(monkeypatch, "status", "s", "--address", "http://head:8265") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "study s, space full, of me: running"
+    assert lines[0] == "study s, space full, encoder whisper-small, of me: running"
     assert lines[1].startswith("3 of 5 trials: 1 running, 1 complete, 1 failed, about")
     assert lines[2] == "t0002 failed: loss became nan in epoch 2"
     assert lines[3] == "front 2 points so far:"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -32,10 +31,10 @@ def studies(address: Address) -> None:
     from tuner.commands.inputs import tell
     from tuner.service.jobs import connect
 
-    rows = [("STUDY", "SPACE", "USER", "STATE", "STARTED (UTC)")]
+    rows = [("STUDY", "SPACE", "USER", "STATE", "STARTED (UTC)", "ENCODER")]
     for job in connect(address).studies():
         started = job.started.strftime("%Y-%m-%d %H:%M") if job.started else ""
-        rows.append((job.study, job.space, job.user, job.state.lower(), started))
+        rows.append((job.study, job.space, job.user, job.state.lower(), started, job.encoder))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         tell("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -43,6 +42,7 @@ def studies(address: Address) -> None:
 
 def status(study: Study, address: Address) -> None:
     """Say how far a search is, which trials failed and why, and its front so far."""
+    from tuner.commands.inputs import tell
     from tuner.report.live import Tally, describe_points, describe_time
     from tuner.service.events import EventFeed
     from tuner.service.jobs import connect
@@ -53,7 +53,7 @@ def status(study: Study, address: Address) -> None:
     feed = EventFeed(view, said.append)
     for line in cluster.lines(job):
         feed.line(line)
-    tell(f"study {job.study}, space {job.space}, of {job.user}: {job.state.lower()}")
+    tell(f"study {job.study}, space {job.space}, encoder {job.encoder}, of {job.user}: {job.state.lower()}")
     progress = view.progress
     if progress is not None:
         states = Counter(trial.state for trial in progress.trials.values())
@@ -63,14 +63,10 @@ def status(study: Study, address: Address) -> None:
         for trial in progress.trials.values():
             if trial.reason:
                 tell(f"{trial.trial} {trial.state}: {trial.reason}")
-        tell(
-            f"{describe_points(len(progress.front()))} so far:" if not job.ended else "last epochs of the front:"
-        )
+        tell(f"{describe_points(len(progress.front()))} so far:" if not job.ended else "last epochs of the front:")
         for trial in progress.front():
             recall = trial.last.recall if trial.last else float("nan")
-            tell(
-                f"  {trial.trial}  {trial.parameters:>12,}  {progress.header.metric} {recall:.3f}  {trial.summary}"
-            )
+            tell(f"  {trial.trial}  {trial.parameters:>12,}  {progress.header.metric} {recall:.3f}  {trial.summary}")
     for line in said:
         if line.startswith("tuner: "):
             tell(line)
@@ -128,8 +124,26 @@ def submit_search(context: typer.Context, address: str, json: bool) -> None:
             shutil.copy(own, folder)
         if not options["resume"]:
             arguments += ["--study", study, "--space", own.name if own else options["space"]]
-        job = cluster.submit(study, space.name, arguments, Path(folder) if own else None)
+        shown = _shown(cluster, options, space.name)
+        job = cluster.submit(study, *shown, arguments, Path(folder) if own else None)
     _follow(cluster, job, address, json)
+
+
+def _shown(cluster: Cluster, options: dict[str, Any], space: str) -> tuple[str, str]:
+    """Space and encoder of a search as the job shows them, as far as this machine can know the latter."""
+    from tuner.data.store import META_FILE, Store
+
+    if options["resume"]:
+        earlier = (job for job in cluster.studies() if job.study == options["resume"])
+        return next(((job.space, job.encoder) for job in earlier), ("as before", "as before"))
+    if options["encoder"]:
+        return space, options["encoder"]
+    if options["data"] == "demo":
+        return space, "Whisper tiny.en of the demo"
+    store = Path(options["data"])
+    if (store / META_FILE).is_file():
+        return space, Store.open(store).encoder.source
+    return space, f"that of {store.name}"
 
 
 def sent_options(context: typer.Context) -> list[str]:
@@ -150,12 +164,22 @@ def sent_options(context: typer.Context) -> list[str]:
 
 
 def _check_places(options: dict[str, Any]) -> None:
+    """With a storage, the run folder is the head's own and lanes ask the storage."""
     from tuner.errors import ConfigError
+    from tuner.storage import is_uri
 
-    for option, example in (("runs", "/mnt/tuner/runs"), ("data", "/mnt/tuner/stores/NAME")):
-        if options[option] != "demo" and not Path(options[option]).is_absolute():
+    storage, data = options["storage"], options["data"]
+    places = {"data": (data, "/mnt/tuner/stores/NAME or s3://BUCKET/NAME")}
+    if storage is None:
+        places["runs"] = (options["runs"], "/mnt/tuner/runs, or a --storage")
+    else:
+        places["storage"] = (storage, "/mnt/tuner/studies or s3://BUCKET/studies")
+    if options["audio_root"] is not None:
+        places["audio-root"] = (options["audio_root"], "/mnt/tuner/audio")
+    for option, (place, example) in places.items():
+        if str(place) != "demo" and not is_uri(str(place)) and not Path(place).is_absolute():
             raise ConfigError(
-                f"--{option} {options[option]}: on a cluster, give a folder that all its nodes see, such as {example}"
+                f"--{option} {place}: on a cluster, give a folder that all its nodes see, such as {example}"
             )
 
 

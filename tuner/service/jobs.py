@@ -40,6 +40,7 @@ class StudyJob:
     submission_id: str
     study: str
     space: str
+    encoder: str
     user: str
     state: str
     started: datetime | None
@@ -105,10 +106,13 @@ class Cluster:
     def __init__(self, client: JobSubmissionClient) -> None:
         self.client = client
 
-    def submit(self, study: str, space: str, arguments: Sequence[str], working_dir: Path | None) -> StudyJob:
+    def submit(
+        self, study: str, space: str, encoder: str, arguments: Sequence[str], working_dir: Path | None
+    ) -> StudyJob:
         """Start `tuner search` with these arguments on the head.
 
         Args:
+            space, encoder: for those who look at the job; what it runs is in the arguments.
             working_dir: a folder to send along, such as one with the YAML file of a space.
 
         Raises:
@@ -126,7 +130,7 @@ class Cluster:
             entrypoint=shlex.join(["tuner", "search", "--address", "auto", "--json", *arguments]),
             # Two users who submit the same study in the same second get one job and one refusal.
             submission_id=f"tuner-{study}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
-            metadata={"study": study, "space": space, "user": getpass.getuser()},
+            metadata={"study": study, "space": space, "encoder": encoder, "user": getpass.getuser()},
             runtime_env={"working_dir": str(working_dir)} if working_dir else None,
         )
         return self.find(study, submission_id)
@@ -221,6 +225,7 @@ def _study_job(details: Any) -> StudyJob:
         submission_id=details.submission_id,
         study=metadata["study"],
         space=metadata.get("space", ""),
+        encoder=metadata.get("encoder", ""),
         user=metadata.get("user", ""),
         state=str(details.status.value),
         # Ray tells milliseconds.
