@@ -66,7 +66,7 @@ def report(
     """Write the report page of a study, finished or running, or serve it while the search runs."""
     from tuner.errors import ConfigError
     from tuner.report.charts import save_front_svg
-    from tuner.report.html import save_page, write_report
+    from tuner.report.html import REPORT_FILE, save_page
     from tuner.report.run import read_journal, read_run
 
     place = _place(context, study, runs, address, storage)
@@ -77,11 +77,8 @@ def report(
         return
     with _records(place) as folder:
         run = read_run(folder) if place.here else read_journal(folder, elsewhere=True)
-        if place.here and out is None:
-            page = write_report(folder)
-        else:
-            page = out or Path(f"{run.name}.html")
-            save_page(run, page)
+        page = out or (folder / REPORT_FILE if place.here else Path(f"{Path(study).name}.html"))
+        save_page(run, page)
         typer.echo(page)
         if svg is not None:
             save_front_svg(run, svg)
