@@ -128,6 +128,7 @@ def test_a_search_is_submitted_followed_and_remembered(laptop: Laptop, tiny: Tin
 
     listed = laptop.run("tuner", "studies", "--address", laptop.address).splitlines()
     assert listed[1].split()[:4] == [STUDY, "attention_only", laptop.host.user, "succeeded"]
+    assert listed[1].endswith(tiny.encoder.source)
     status = laptop.run("tuner", "status", STUDY, "--address", laptop.address)
     assert f"{TRIALS} of {TRIALS} trials: {TRIALS} complete" in status
     again = laptop.run("tuner", "logs", STUDY, "--address", laptop.address, "--json")
