@@ -9,7 +9,7 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,9 @@ def test_trouble_that_stays_is_one_sentence(
 def test_denied_access_is_not_waited_for(server: BucketServer) -> None:
     started = time.monotonic()
     with server.closed():
-        for call in (lambda s: s.write("name", b"x"), lambda s: s.names(), lambda s: s.read("name")):
+        calls: tuple[Callable[[Storage], object], ...]
+        calls = (lambda s: s.write("name", b"x"), lambda s: s.names(), lambda s: s.read("name"))
+        for call in calls:
             with pytest.raises(StorageError, match="access is denied"):
                 call(server.storage("closed"))
     assert time.monotonic() - started < 60, "the patience is two minutes"
@@ -374,6 +376,7 @@ def test_a_lane_goes_on_from_the_storages_copy(storage: Storage, tmp_path: Path,
     second.fetch("t0001")
     assert second.checkpoint("t0001").read_bytes() == b"2"
     assert checkpointed(storage) == {1: config}
+    assert checkpointed(storage, {1}) == {}
     assert not (tmp_path / "unused").exists()
     for files in (first, second):
         files.close()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, rea
 from tuner.storage import Storage
 
 DATABASE_FILE, REPORT_FILE = "study.db", "report.html"
-MIRROR_SECONDS = 3.0
+MIRROR_SECONDS = 5.0
+CONFIG_FILE = re.compile(r"t(\d+)\.json")
 # The next turn tries again anyway; and a search that ends badly should not wait for minutes to say so.
 SHORT_PATIENCE = 5.0
 
@@ -149,12 +151,16 @@ def _parsed(content: bytes | None, origin: str) -> dict[str, Any] | None:
     return record
 
 
-def checkpointed(storage: Storage) -> Mapping[int, Config]:
-    """Configurations of the trials that have begun to leave checkpoints, by number; raises as `Storage.upload`."""
+def checkpointed(storage: Storage, known: Collection[int] = ()) -> Mapping[int, Config]:
+    """Configurations of the trials that have begun to leave checkpoints, by number; raises as `Storage.upload`.
+
+    Args:
+        known: numbers of trials whose configuration need not be read.
+    """
     files = storage.at(CHECKPOINTS)
     configs: dict[int, Config] = {}
     for name in files.names():
-        stem, _, ending = name.rpartition(".")
-        if ending == "json" and stem[:1] == "t" and stem[1:].isdecimal() and (content := files.read(name)) is not None:
-            configs[int(stem[1:])] = json.loads(content)
+        match = CONFIG_FILE.fullmatch(name)
+        if match and int(match[1]) not in known and (content := files.read(name)) is not None:
+            configs[int(match[1])] = json.loads(content)
     return configs

@@ -195,7 +195,9 @@ class _Search:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([objective.metric for objective in self.request.objectives])
         if self.request.study_storage is not None:
-            adopt(study, self.request.space, fixed_configurations(), checkpointed(self.request.study_storage))
+            known = {trial.number for trial in study.get_trials(deepcopy=False) if "config" in trial.user_attrs}
+            begun = checkpointed(self.request.study_storage, known)
+            adopt(study, self.request.space, fixed_configurations(), begun)
         return study
 
     def _tune(self, study: optuna.Study, lanes: Fleet, watch: LaneWatch) -> None:
