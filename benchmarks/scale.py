@@ -153,7 +153,7 @@ def main(
             typer.echo(f"simulating {count} GPUs with epochs of {seconds:g} s", err=True)
             with tempfile.TemporaryDirectory(prefix="tuner-bench-") as folder:
                 results.append((plan, simulate(plan, record, Path(folder), clock)))
-    typer.echo(f"recorded by `{record.made['command']}`, {record.made['date']}, {record.made['machine']}")
+    typer.echo(f"recorded: `{record.made['command']}` of {record.made['created'][:10]}, {record.made['machine']}")
     show_shares(results)
     show_driver(results)
     show_quality(results, record)

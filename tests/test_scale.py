@@ -12,6 +12,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from benchmarks import scale
 from benchmarks.overheads import coordinator_rate, run_without_training
 from benchmarks.recorded import NEIGHBOURS, Overheads, RecordedSearch
 from benchmarks.scale import front_volume, shares
@@ -174,6 +175,13 @@ def test_the_shares_are_all_of_the_time(eight: tuple[Plan, Outcome, Path]) -> No
     assert parts["driver"] > 0, "the searcher's real time was counted"
     assert set(outcome.driver) == {"ask", "tell", "record", "tune"}
     assert all(seconds > 0 for seconds in outcome.driver.values())
+
+
+def test_the_tables_have_a_row_for_each_search(capsys: pytest.CaptureFixture[str]) -> None:
+    scale.main(trials=8, gpus="1,2", epoch_seconds="5", first_node=1, last_node=2, seed=0, cpu_clock=True, real=None)
+    printed = capsys.readouterr().out
+    assert printed.count("1 x 5 s") == printed.count("2 x 5 s") == 3
+    assert "recorded: `tuner search" in printed
 
 
 def test_overheads_slow_a_search_down_by_what_they_are(record: RecordedSearch, tmp_path: Path) -> None:
