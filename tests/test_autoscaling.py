@@ -105,6 +105,7 @@ def test_machines_come_for_a_search_and_go_when_it_has_no_work_for_them(
     assert nodes.keys() >= STAYS
     assert set().union(*nodes.values()) == {FAKE_HEAD_NODE_ID}
 
+    assert all(line.startswith("{") for line in (tmp_path / "grown.out").read_text().splitlines()), "nothing of Ray's"
     assert len(grown.epochs) == 4 * 30
     assert lanes_that_trained(grown.epochs) == MAX_NODES
 

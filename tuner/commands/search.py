@@ -25,6 +25,9 @@ METRICS = tuple(
 PARAMETERS = "trainable_parameters"
 DEFAULT_TRIALS = 7
 LOST = 2
+# What a cluster's head prints into each driver: that a lane waits for a machine, which the search says itself, and that
+# it has many small actors.
+RAY_CHATTER = "infeasible resource requests|PYTHON worker processes have been started"
 INTERRUPTED = 130  # exit code, as shells have it for SIGINT
 
 
@@ -103,6 +106,8 @@ def search(
     tflops: Tflops = None,
 ) -> None:
     """Search LoRA configurations; the result is a front of recall against trainable parameters."""
+    # Ray reads it once, when it is imported.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
     from tuner.commands.dry_run import dry_run as show_cost
     from tuner.commands.inputs import DataChoice
     from tuner.commands.studies import submit_search
