@@ -88,8 +88,10 @@ def test_a_disk_that_stays_full_is_one_sentence_and_leaves_a_whole_journal(
     with pytest.raises(StudyError, match="the storage has failed for 120 s"):
         journal.epoch("t0000", {"epoch": 1, "loss": 0.5})
     waited = clock.now
-    journal.close()
+    with pytest.raises(StudyError, match="the storage has failed"):
+        journal.end("t0000", "stopped")
     assert clock.now == waited, "what has been waited for in vain is not waited for again"
+    journal.close()
     with closing(Journal(tmp_path)) as again:
         assert [row.get("epoch") for row in again.rows()] == [None]
         assert again.epoch("t0000", {"epoch": 1, "loss": 0.5}), "the epoch is told again by a resumed study"
