@@ -165,6 +165,8 @@ def test_a_simulated_search_is_a_whole_study(eight: tuple[Plan, Outcome, Path], 
     )
     assert sum(lane.worked for lane in outcome.lanes) == pytest.approx(work)
     assert all(lane.worked > 0 for lane in outcome.lanes), "every lane had its trials"
+    lefts = sorted(lane.left for lane in outcome.lanes)
+    assert lefts[0] < outcome.trials_end < lefts[-1] <= outcome.end, "lanes without a trial end, one stays to confirm"
 
 
 def test_the_shares_are_all_of_the_time(eight: tuple[Plan, Outcome, Path]) -> None:
