@@ -108,10 +108,8 @@ def search(
     """Search LoRA configurations; the result is a front of recall against trainable parameters."""
     # Ray reads it once, when it is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
-    from tuner.commands.dry_run import dry_run as show_cost
     from tuner.commands.inputs import DataChoice
     from tuner.commands.studies import submit_search
-    from tuner.errors import ConfigError
     from tuner.lanes.fleet import FleetOptions
     from tuner.search.loggers import check_loggers
     from tuner.search.study import resumed_request
@@ -122,23 +120,25 @@ def search(
     if address is not None and address.startswith(("http://", "https://")) and not dry_run:
         submit_search(context, address, json)
         return
-    if resume is not None and dry_run:
-        raise ConfigError("--dry-run: reckons new studies; leave --resume away")
     if resume is not None:
         request = resumed_request(study_folder(runs, resume), trials, place)
     else:
         choice = DataChoice(data, encoder, text_encoder, pad_to_30s, audio_root)
         values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
         values["off_path"] = off_path
-        request = _new_request(
-            _load_space(space, placement), choice, path, objective, study, runs, None if dry_run else place, values
-        )
+        request = _new_request(_load_space(space, placement), choice, path, objective, study, runs, place, values)
         request = replace(request, trials=trials or DEFAULT_TRIALS, seed=seed)
     request = replace(request, address=address, dashboard=dashboard, fleet=options, loggers=tuple(logger or ()))
     if dry_run:
-        show_cost(request, tflops, json)
+        _show_cost(request, tflops, json)
     else:
         _run(request, json, resume is not None)
+
+
+def _show_cost(request: SearchRequest, tflops: float | None, json: bool) -> None:
+    from tuner.commands.dry_run import dry_run
+
+    dry_run(request, tflops, json)
 
 
 def _places(context: typer.Context) -> tuple[Storage | None, Path]:
@@ -147,14 +147,17 @@ def _places(context: typer.Context) -> tuple[Storage | None, Path]:
     from tuner.errors import ConfigError
     from tuner.storage import Storage
 
-    storage, runs = context.params["storage"], context.params["runs"]
+    storage, runs, dry_run = (context.params[name] for name in ("storage", "runs", "dry_run"))
+    if dry_run and context.params["resume"]:
+        raise ConfigError("--dry-run: reckons new studies; leave --resume away")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(runs)):
         raise ConfigError(f"--runs {runs}: is a folder of this machine; give a bucket as --storage")
     given = context.get_parameter_source("runs")
     if storage and context.params["address"] and (given is None or given.name != "COMMANDLINE"):
         # The folder that a job runs in goes with it.
         runs = cache_root() / "runs"
-    return Storage.parse(storage) if storage else None, runs
+    # What is only reckoned is put nowhere.
+    return Storage.parse(storage) if storage and not dry_run else None, runs
 
 
 def _run(request: SearchRequest, json: bool, resume: bool) -> None:
