@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,9 @@ from tuner.data.splits import SPLITS
 from tuner.data.store import Store
 from tuner.data.writer import FeatureWriter, write_captions, write_clips, write_meta
 from tuner.encoders.registry import inspect_encoder
+
+if TYPE_CHECKING:
+    from transformers import WhisperConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -82,28 +85,35 @@ def write_qwen2_audio(folder: Path) -> Path:
     return folder
 
 
+def small_whisper(**changes: Any) -> WhisperConfig:
+    """The configuration of a Whisper with three blocks of width 32."""
+    from transformers import WhisperConfig
+
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 48,
+        "num_mel_bins": 80,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+    return WhisperConfig(**sizes | changes)
+
+
 def write_encoder(folder: Path, layers: int = 3) -> Path:
     """A random Whisper as Hugging Face saves it."""
     import torch
-    from transformers import WhisperConfig, WhisperModel
+    from transformers import WhisperModel
 
     torch.manual_seed(0)
-    config = WhisperConfig(
-        d_model=32,
-        encoder_layers=layers,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=32,
-        num_mel_bins=MELS,
-        vocab_size=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        max_source_positions=100,
-    )
+    config = small_whisper(encoder_layers=layers, num_mel_bins=MELS, max_source_positions=100)
     WhisperModel(config).save_pretrained(folder)
     return folder
 

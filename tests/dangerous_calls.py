@@ -18,7 +18,8 @@ FIXED = {"shell": False, "trust_remote_code": False, "allow_pickle": False, "aut
 
 def dangers(source: str) -> list[str]:
     """What is dangerous in a module, as `line: why`."""
-    return [f"{node.lineno}: {why}" for node in ast.walk(ast.parse(source)) for why in _of(node)]
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.expr | ast.stmt))
+    return [f"{node.lineno}: {why}" for node in nodes for why in _of(node)]
 
 
 def _of(node: ast.AST) -> Iterator[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -252,7 +253,7 @@ def test_a_session_that_fails_quotes_its_log(tmp_path: Path) -> None:
 
 def test_the_parts_of_a_search() -> None:
     """Two trials of one epoch: 4 s of start, 2 s and 3 s of work, 0.5 s between them, 1.5 s at the end."""
-    timeline = [
+    timeline: list[tuple[float, dict[str, Any]]] = [
         (1.0, {"event": "trial_started", "trial": "t0"}),
         (6.0, {"event": "epoch", "trial": "t0", "seconds": 2.0}),
         (6.1, {"event": "trial_finished", "trial": "t0", "state": "complete"}),

@@ -329,8 +329,9 @@ def test_waiting_ends_with_its_timeout() -> None:
         lease = await coordinator.submit("t0", CONFIG)
         await coordinator.register("lane", "attempt", "fp32")
         await coordinator.poll("lane", [], 1, 0)
-        waited = await asyncio.gather(coordinator.next("t0", lease, 0, 0.05), coordinator.poll("lane", ["t0"], 1, 0.05))
-        assert waited == [Update("wait"), Orders()]
+        told, ordered = coordinator.next("t0", lease, 0, 0.05), coordinator.poll("lane", ["t0"], 1, 0.05)
+        waited = tuple(await asyncio.gather(told, ordered))
+        assert waited == (Update("wait"), Orders())
 
     drive(scenario)
 

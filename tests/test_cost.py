@@ -109,7 +109,7 @@ def test_attention_costs_exactly_what_torch_counts(
     prefix, clip = pack.prefix(first_layer), pack.train_clips[:1]
     pack.members["t"].activate(training=True)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
-        pool_clips(pack.encoder, prefix, clip, pack.length_N[clip], 64).sum().backward()
+        pool_clips(pack.encoder, prefix, clip, pack.length_N[clip], 64).sum().backward()  # type: ignore[no-untyped-call]
     # The bias of an adapted layer is one more column of its low-rank product.
     biases = 3 * (spec.num_layers - first_layer) * 2 * int(pack.length_N[clip][0]) * spec.hidden_size
     # Nothing went through the head.

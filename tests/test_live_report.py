@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,11 +242,15 @@ class Search:
         heard = 0
         while not self.job.ended or heard < len(self.lines):
             with self._changed:
-                self._changed.wait_for(lambda heard=heard: len(self.lines) > heard or self.job.ended, PATIENCE)
+                told = partial(self._has_news, heard)
+                self._changed.wait_for(told, PATIENCE)
             for line in self.lines[heard:]:
                 on_line(line)
                 heard += 1
         return self.job
+
+    def _has_news(self, heard: int) -> bool:
+        return len(self.lines) > heard or self.job.ended
 
     def say(self, tell: Callable[[JsonView], None]) -> None:
         out = io.StringIO()

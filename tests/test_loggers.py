@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import os
 import struct
@@ -18,11 +19,10 @@ import pytest
 from conftest import Tiny
 from searches import PATIENCE, STUDY, read_journal
 from tensorboardX.proto.event_pb2 import Event
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from tuner import cli
 from tuner.errors import ConfigError
-from tuner.search import loggers
 from tuner.search.loggers import LoggedTrial, ReadableTrials, make_loggers
 
 TRIALS = ("t0000", "t0001")
@@ -77,7 +77,7 @@ def test_tensorboard_has_a_curve_for_each_metric(logged: Logged) -> None:
             ("recall_at_10", "recall@10"),
             ("text_to_audio_R_at_1", "text_to_audio_R@1"),
         ):
-            expected = [(row["epoch"], pytest.approx(row[key])) for row in rows]
+            expected: list[Any] = [(row["epoch"], pytest.approx(row[key])) for row in rows]
             assert curves[f"ray/tune/{metric}"][:EPOCHS] == expected
 
 
@@ -235,7 +235,7 @@ def test_an_unknown_logger_is_refused_before_anything_starts(
 def test_a_missing_package_names_the_extra(
     name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_import, real_import_module = builtins.__import__, loggers.importlib.import_module
+    real_import, real_import_module = builtins.__import__, importlib.import_module
 
     def refuse(wanted: str, *arguments: Any, **options: Any) -> Any:
         if wanted.partition(".")[0] == package:
@@ -247,7 +247,7 @@ def test_a_missing_package_names_the_extra(
         return real_import_module(wanted)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    monkeypatch.setattr(loggers.importlib, "import_module", refuse_module)
+    monkeypatch.setattr(importlib, "import_module", refuse_module)
     said = rf"--logger {name}: {package} is not installed; run `pip install 'tuner\[{name}\]'`"
     with pytest.raises(ConfigError, match=said):
         make_loggers([name], tmp_path)

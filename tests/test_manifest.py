@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from tuner.data.splits import SPLITS, assign_splits, group_recordings
 from tuner.data.tables import EmbeddedAudio, read_audio_bytes
 from tuner.errors import ConfigError, DataError
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"audio": "a.wav", "caption": "A dog barks.", "clip_id": "a", "split": "train", "language": "en"},
     {"audio": "sub/b.wav", "caption": "Rain, falling", "clip_id": "b", "split": "val", "language": None},
     {"audio": "c.wav", "caption": "\u2028 odd \u2028 spaces", "clip_id": "c", "split": None, "language": "fr"},

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from conftest import Tiny
 
@@ -224,8 +225,8 @@ def lane(registry: Registry, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> L
         def get_actor_id(self) -> str:
             return "a1"
 
-    monkeypatch.setattr(lane_metrics.ray, "get_runtime_context", Context)
-    monkeypatch.setattr(lane_metrics.ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
     return LaneMetrics(LaneTags("s", "full", "tuner-lane-s-0", 0))
 
 

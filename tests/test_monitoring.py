@@ -26,7 +26,7 @@ import pytest
 import yaml
 from conftest import Tiny
 from loopback_host import free_port
-from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_GAUGES
+from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_GAUGES  # type: ignore[attr-defined]
 from searches import PATIENCE, STUDY, Driver, read_journal
 
 from tuner.service.grafana import dashboard
@@ -109,7 +109,7 @@ def search(folder: Path, tiny: Tiny) -> Iterator[Driver]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
         # Ray publishes every ten seconds, which is long for a test, and forgets a gauge after two such times.
-        "RAY_metrics_report_interval_ms": "3000",
+        "RAY_metrics_report_interval_ms": "5000",
         "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(folder / "m" / DASHBOARDS),
     }
     given = ["--data", tiny.store_folder, "--batch-size", 12, "--precision", "fp32", "--study", STUDY, "--pack", 2]

@@ -25,7 +25,8 @@ def brute_force_front(values: np.ndarray, directions: list[Direction]) -> list[i
 def monte_carlo_hypervolume(values: np.ndarray, corner: np.ndarray, draws: int, seed: int) -> float:
     """Share of the unit square, costs to minimise, dominated by any row: the definition, sampled."""
     points = np.random.default_rng(seed).uniform(0, corner, size=(draws, 2))
-    covered = (values[None, :, :] <= points[:, None, :]).all(axis=2).any(axis=1)
+    below: np.ndarray = values[None, :, :] <= points[:, None, :]
+    covered = np.any(np.all(below, axis=2), axis=1)
     return float(covered.mean() * corner.prod())
 
 

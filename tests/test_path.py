@@ -229,7 +229,7 @@ def test_the_warning_of_a_lane_reaches_the_view(tmp_path: Path) -> None:
     said: list[str] = []
     view: Any = SimpleNamespace(message=said.append, epoch=lambda row: None)
     journal = Journal(tmp_path)
-    recorder = Recorder(journal, view, "recall@10", lambda config: 0, lambda: None)
+    recorder = Recorder(journal, view, "recall@10", lambda config: 0, lambda: True)
     row = {"loss": 1.0, "recall@10": 0.5, "train_seconds": 1.0, "validation_seconds": 1.0, "trainable_parameters": 9}
     for trial in ("t0000", "t0001"):
         record: Any = SimpleNamespace(config={"trial": trial, "epochs": 2})

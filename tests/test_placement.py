@@ -47,7 +47,7 @@ def features() -> Tensor:
 
 def output(encoder: AudioEncoder) -> Tensor:
     with torch.no_grad():
-        hidden_BTD, _ = encoder(features().to(encoder.dtype), FRAMES)
+        hidden_BTD: Tensor = encoder(features().to(encoder.dtype), FRAMES)[0]
     return hidden_BTD
 
 
@@ -202,10 +202,10 @@ def test_several_adapters_share_one_tower(encoder: AudioEncoder) -> None:
         torch.manual_seed(5)
         adapters.attach(encoder, config, name)
         train_like(encoder, name)
-    for name in ("a", "b", None, "a"):
-        adapters.activate(encoder, name)
-        assert adapters.active(encoder) == name
-        assert torch.equal(output(encoder), alone[name] if name else base)
+    for chosen in ("a", "b", None, "a"):
+        adapters.activate(encoder, chosen)
+        assert adapters.active(encoder) == chosen
+        assert torch.equal(output(encoder), alone[chosen] if chosen else base)
     adapters.activate(encoder, "a")
     hidden_BTD, _ = encoder(features(), FRAMES)
     hidden_BTD.square().mean().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -84,7 +85,7 @@ class LetterEncoder:
         for row, text in enumerate(texts):
             for letter in text:
                 counts[row, ord(letter) % self.dim] += 1
-        return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+        return np.asarray(counts / np.linalg.norm(counts, axis=1, keepdims=True))
 
 
 def run_here(work: list[pa.Table], spec: Any, text: Any) -> Iterator[pa.Table]:
@@ -425,7 +426,7 @@ def test_ray_run_matches_the_padded_extractor(prepared: tuple[Path, PrepareResul
     _, result, imported_torch = prepared
     assert (result.clips, result.rejects, result.reused, imported_torch) == (4, 1, False, False)
     store = Store.open(result.store)
-    extractor = WhisperFeatureExtractor(feature_size=80)
+    extractor = WhisperFeatureExtractor(feature_size=80)  # type: ignore[no-untyped-call]
     for clip, path in enumerate(Path(name) for name in store.audio):
         samples, rate = soundfile.read(path, dtype="float32")
         waveform = torchaudio.functional.resample(torch.from_numpy(samples.mean(axis=1)), rate, 16000).numpy()
@@ -456,7 +457,7 @@ def test_ray_is_stopped_and_workers_errors_arrive_as_sentences(prepared: tuple[P
     assert not ray.is_initialized()
     lost = prepared[0] / "lost.parquet"
     work = pa.Table.from_pylist([{"index": 0, "audio": str(lost), "row": 3}], schema=worker.WORK_SCHEMA)
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         with pytest.raises(DataError, match=r"lost\.parquet: cannot be read") as raised:
             list(execution.run_on_ray([work], inspect_encoder(ENCODER), inspect_text_encoder(TEXT)))

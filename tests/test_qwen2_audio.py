@@ -15,6 +15,7 @@ import pytest
 import safetensors
 import soundfile
 import torch
+from huggingface_hub.utils._paths import filter_repo_objects
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -62,7 +63,8 @@ def small_config() -> Qwen2AudioConfig:
 @pytest.fixture(scope="module")
 def model() -> Qwen2AudioForConditionalGeneration:
     torch.manual_seed(0)
-    model = Qwen2AudioForConditionalGeneration(small_config()).eval()
+    model: Qwen2AudioForConditionalGeneration
+    model = Qwen2AudioForConditionalGeneration(small_config()).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         # transformers starts so near to zero that attention would hardly matter.
         for parameter in model.model.audio_tower.parameters():
@@ -208,7 +210,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[set[str], set[str]]
     class Spy:
         def __init__(self, file: Path, **options: Any) -> None:
             opened.add(Path(file).name)
-            self.reader = real(file, **options)
+            self.reader: Any = real(file, **options)
 
         def __enter__(self) -> Spy:
             self.reader.__enter__()
@@ -222,7 +224,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[set[str], set[str]]
 
         def get_tensor(self, name: str) -> Tensor:
             read.add(name)
-            return self.reader.get_tensor(name)
+            tensor: Tensor = self.reader.get_tensor(name)
+            return tensor
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors, "safe_open", Spy)
@@ -273,7 +276,7 @@ def test_a_hub_id_fetches_the_shards_of_the_tower_alone(folder: Path, monkeypatc
     def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         revisions.append(revision)
         files = sorted(path.name for path in folder.iterdir())
-        for name in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
             shutil.copy(folder / name, commit / name)
         return str(commit)
 

@@ -148,7 +148,7 @@ def recorded(tmp_path: Path) -> tuple[Path, str]:
     shown = io.StringIO()
     view, journal = PlainView(shown), Journal(tmp_path)
     view.start(StudyHeader("s", "full", "recall@10", 1, 1, None, "runs/s"))
-    recorder = Recorder(journal, view, "recall@10", lambda config: 1, lambda: None)
+    recorder = Recorder(journal, view, "recall@10", lambda config: 1, lambda: True)
     config = {"trial": "t0000", "origin": "sampled", "config": TRIAL, "epochs": 1}
     trial = SimpleNamespace(config=config, last_result={"failed": f"no answer from {URLS[0]} {CONTROLS}"})
     recorder.on_trial_start(0, [], trial)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -115,7 +116,7 @@ def test_the_node_is_drained_once_and_trouble_on_the_way_is_outlasted(
         if len(drained) == 1:
             raise StudyError("the node cannot be drained")
 
-    monkeypatch.setattr(spot.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     metadata.answers["/latest/api/token"] = 503
     watch("aws", metadata.url, drain, said.append)
     assert rounds == 4

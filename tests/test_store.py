@@ -42,7 +42,7 @@ def make_store(folder: Path, clips: int = 23, shard_bytes: int = 1000) -> Path:
             values: Any = pa.array([clip_features(clip).reshape(-1) for clip in batch], pa.list_(pa.float32()))
             writer.add(batch.tolist(), values)
     places = writer.places(range(clips))
-    columns = {
+    columns: dict[str, Any] = {
         "clip_id": [f"clip-{clip}" for clip in range(clips)],
         "audio": [f"{clip}.wav" for clip in range(clips)],
         "language": [None if clip % 2 else "fr" for clip in range(clips)],

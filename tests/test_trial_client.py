@@ -124,7 +124,7 @@ def test_an_actor_that_becomes_another_trial_frees_the_first_ones_place(
         bench.report("t1", 1)
 
     bench.when_asked(monkeypatch, second)
-    assert client.reset(bench.config("t1"))
+    assert client.reset(bench.config("t1"))  # type: ignore[no-untyped-call]
     row = client.step()
     assert (row["trial"], row["epoch"]) == ("t1", 1), "its own first epoch, not the other trial's second"
 
@@ -153,7 +153,7 @@ def test_a_trial_whose_lease_is_unknown_asks_again(bench: Bench, monkeypatch: py
     client = bench.client("t0")
     client.step()
     bench.actor = LocalActor(Coordinator(), bench.loop)
-    client._coordinator = bench.actor
+    client._coordinator = bench.actor  # type: ignore[assignment]
 
     def after() -> None:
         assert bench.poll([]) == Orders(register=True)

@@ -81,7 +81,7 @@ def together(
     folder = tmp_path_factory.mktemp("workers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        mp.spawn(worker, args=(request.param, settings, folder), nprocs=request.param)  # type: ignore[no-untyped-call]
+        mp.spawn(worker, args=(request.param, settings, folder), nprocs=request.param)  # type: ignore[attr-defined, no-untyped-call]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
