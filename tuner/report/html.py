@@ -89,7 +89,7 @@ def _environment() -> Environment:
         "setting": _setting,
         "moment": _moment,
         "pretty": _pretty,
-        "shell": shlex.join,
+        "quoted": shlex.join,
     }
     return environment
 
