@@ -24,6 +24,7 @@ from loopback_host import free_port, processes_of
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 PATIENCE = 500.0  # seconds for anything that the cluster does, on a busy machine
+STARTS = 4
 OBJECT_STORE_BYTES = 80 * 1024**2
 IDLE_SECONDS = 3.0
 # Everything that listens gets a port that is free, since another Ray may have the usual ones; and so the head does not
@@ -115,16 +116,8 @@ def autoscaling_cluster(folder: Path, worker: dict[str, Any], max_workers: int) 
         folder: with a short path, since Ray's sockets lie below it.
         worker: resources of one worker node; GPUs are declared, nobody looks for them.
     """
-    home = folder / "home"
+    home, watched = folder / "home", folder / "watched"
     home.mkdir()
-    ports = [free_port() for _ in PORT_OPTIONS]
-    address, log, watched = f"127.0.0.1:{ports[0]}", folder / "log", folder / "watched"
-    (folder / "autoscaler.yaml").write_text(yaml.safe_dump(provider_file(address, worker, max_workers)))
-    command = [str(Path(sys.prefix) / "bin/ray"), "start", "--head", "--block", "--num-cpus=0", "--num-gpus=0"]
-    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder / 'r'}"]
-    command += [f"--autoscaling-config={folder / 'autoscaler.yaml'}", "--include-dashboard=false"]
-    command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-    command += [f"{option}={port}" for option, port in zip(PORT_OPTIONS, ports, strict=True)]
     environment = os.environ | {
         "HOME": str(home),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -134,15 +127,38 @@ def autoscaling_cluster(folder: Path, worker: dict[str, Any], max_workers: int) 
         "RAY_NODE_TYPE_NAME": FAKE_HEAD_NODE_TYPE,
     }
     with ExitStack() as stack:
-        out, seen = stack.enter_context(log.open("w")), stack.enter_context(watched.open("w"))
-        head = stack.enter_context(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
         stack.callback(_end_all, home)
-        _wait(lambda: "Ray runtime started" in log.read_text(), head, log)
+        address = _start_head(stack, folder, environment, worker, max_workers)
+        seen = stack.enter_context(watched.open("w"))
         watching = [sys.executable, "-c", WATCH, address]
-        watcher = stack.enter_context(subprocess.Popen(watching, env=environment, stdout=seen, stderr=out))
+        watcher = stack.enter_context(subprocess.Popen(watching, env=environment, stdout=seen))
+        # Popen waits for it when the stack unwinds.
         stack.callback(_end_all, home)
-        _wait(lambda: watched.stat().st_size > 0, watcher, log)
+        assert _reaches(lambda: watched.stat().st_size > 0, watcher), "nobody answers at the head"
         yield AutoscalingCluster(address, watched)
+
+
+def _start_head(
+    stack: ExitStack, folder: Path, environment: dict[str, str], worker: dict[str, Any], max_workers: int
+) -> str:
+    """The address of a head that is up. Ray gives one 30 s to start, which a busy machine may not keep."""
+    log = folder / "log"
+    for attempt in range(STARTS):
+        ports = [free_port() for _ in PORT_OPTIONS]
+        address, file = f"127.0.0.1:{ports[0]}", folder / "autoscaler.yaml"
+        file.write_text(yaml.safe_dump(provider_file(address, worker, max_workers)))
+        command = [str(Path(sys.prefix) / "bin/ray"), "start", "--head", "--block", "--num-cpus=0", "--num-gpus=0"]
+        command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder / str(attempt)}"]
+        command += [f"--autoscaling-config={file}", "--include-dashboard=false"]
+        command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        command += [f"{option}={port}" for option, port in zip(PORT_OPTIONS, ports, strict=True)]
+        out = stack.enter_context(log.open("w"))
+        head = stack.enter_context(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
+        stack.callback(_end_all, Path(environment["HOME"]))
+        if _reaches(lambda: "Ray runtime started" in log.read_text(), head):
+            return address
+        _end_all(Path(environment["HOME"]))
+    raise AssertionError(f"the head did not come up: {log.read_text()}")
 
 
 def _end_all(home: Path) -> None:
@@ -153,8 +169,11 @@ def _end_all(home: Path) -> None:
     psutil.wait_procs(doomed, timeout=PATIENCE)
 
 
-def _wait(reached: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+def _reaches(state: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
+    """Whether it gets there before its process ends."""
     deadline = time.monotonic() + PATIENCE
-    while not reached():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+    while not state():
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
         time.sleep(0.2)
+    return True

@@ -23,6 +23,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 pytestmark = pytest.mark.timeout(1500)
 
 MAX_NODES = 2
+# Of a trial that is to be under way still when a second machine comes some seconds after the first.
+EPOCHS = 60
 TRAINS = "Lane"
 # What must outlive a machine that goes: with a trial's client or a lane's controller, its study would lose time.
 STAYS = {"Coordinator", "TrialClient", "TrainController"}
@@ -88,7 +90,7 @@ def test_machines_come_for_a_search_and_go_when_it_has_no_work_for_them(
     cluster: AutoscalingCluster, tiny: Tiny, tmp_path: Path
 ) -> None:
     assert cluster.past()[-1] == ({FAKE_HEAD_NODE_ID: 0.0}, [])
-    with search(cluster, tiny, tmp_path, "grown", "--trials", 4, "--epochs", 30) as grown:
+    with search(cluster, tiny, tmp_path, "grown", "--trials", 4, "--epochs", EPOCHS) as grown:
         grown.check()
     cluster.until_alone()
     past = cluster.past()
@@ -106,7 +108,7 @@ def test_machines_come_for_a_search_and_go_when_it_has_no_work_for_them(
     assert set().union(*nodes.values()) == {FAKE_HEAD_NODE_ID}
 
     assert all(line.startswith("{") for line in (tmp_path / "grown.out").read_text().splitlines()), "nothing of Ray's"
-    assert len(grown.epochs) == 4 * 30
+    assert len(grown.epochs) == 4 * EPOCHS
     assert lanes_that_trained(grown.epochs) == MAX_NODES
 
 
@@ -117,7 +119,7 @@ def lanes_that_trained(epochs: list[tuple[str, int]]) -> int:
     for trial, epoch in epochs:
         under_way.add(trial)
         most = max(most, len(under_way))
-        if epoch == 30:
+        if epoch == EPOCHS:
             under_way.remove(trial)
     return most
 
@@ -127,7 +129,7 @@ def test_two_searches_that_take_one_gpu_each_train_at_the_same_time(
 ) -> None:
     """Without `--max-gpus` the first would take both machines, and the second would wait for it to end."""
     with ExitStack() as stack:
-        options = ("--trials", 2, "--epochs", 40, "--max-gpus", 1)
+        options = ("--trials", 2, "--epochs", EPOCHS, "--max-gpus", 1)
         both = [stack.enter_context(search(cluster, tiny, tmp_path, name, *options)) for name in ("left", "right")]
         deadline = time.monotonic() + PATIENCE
         while not all(one.epochs for one in both):
@@ -136,7 +138,7 @@ def test_two_searches_that_take_one_gpu_each_train_at_the_same_time(
             time.sleep(0.1)
         for one in both:
             one.check()
-            assert len(one.epochs) == 2 * 40
+            assert len(one.epochs) == 2 * EPOCHS
 
 
 def test_more_gpus_than_may_ever_come_are_refused(cluster: AutoscalingCluster, tiny: Tiny, tmp_path: Path) -> None:
