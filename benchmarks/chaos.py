@@ -252,9 +252,10 @@ def main(store: Path | None = None, train: int = 96, trials: int = 5, epochs: in
             search = Search(cluster, folder, options)
             try:
                 lost, usual = disturb(search)
-                if code := search.wait():
-                    raise RuntimeError(f"the search ended with {code}: {search.log_tail()}")
+                code = search.wait()
                 show_faults(search, lost, usual, trials)
+                if code != 0:
+                    raise RuntimeError(f"the search ended with {code}: {search.log_tail()}")
             finally:
                 if search.driver is not None and search.driver.poll() is None:
                     os.killpg(search.driver.pid, signal.SIGKILL)
