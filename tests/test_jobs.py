@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.job_submission import JobStatus
 from conftest import Tiny
+from ray.job_submission import JobStatus
 
 from tuner import cli
 from tuner.errors import ConfigError, StudyError
