@@ -104,6 +104,8 @@ def test_machines_come_for_a_search_and_go_when_it_has_no_work_for_them(
     actors = {actor for _, actors in past for actor in actors}
     nodes = {kind: {node for actor, node in actors if actor == kind} for kind, _ in actors}
     assert len(nodes.pop(TRAINS)) == MAX_NODES
+    # Ray Train puts its watcher for preemptions anywhere; nothing is lost with one.
+    nodes.pop("PreemptionWatcher", None)
     assert nodes.keys() >= STAYS
     assert set().union(*nodes.values()) == {FAKE_HEAD_NODE_ID}
 
