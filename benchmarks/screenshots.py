@@ -170,9 +170,8 @@ async def take(address: str, runs: Path, job: StudyJob, folder: Path) -> None:
         await tab.save(folder / "actors.png")
         with live_report(runs) as url:
             await tab.open(url, f"{seen}(' of ') && document.querySelectorAll('svg.marks').length >= 3", 1300)
-            await tab.wait(
-                f"Number(/^(\\d+) of/.exec(document.getElementById('live').innerText)?.[1]) >= 2 || {seen}('has ended')"
-            )
+            ended = "Number(/^(\\d+) of/.exec(document.getElementById('live').innerText)?.[1])"
+            await tab.wait(f"{ended} >= 2 || {seen}('Points to choose from')")
             await tab.save(folder / "live-report.png")
             listed = connect(address).client.list_jobs()
             (details,) = [item for item in listed if item.submission_id == job.submission_id]

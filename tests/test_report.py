@@ -232,6 +232,20 @@ def test_charts_hold_the_trials(finished: Path, page: Page) -> None:
     assert (roles["t0000"], roles["t0001"]) == ("projection only", "recommended")
 
 
+def test_axes_of_counts_have_whole_numbers_alone(finished: Path) -> None:
+    charts = all_charts(read_run(finished))
+    assert charts["curves"]["layer"][0]["encoding"]["x"]["axis"]["values"] == [1, 2, 3, 4, 5, 6]
+    trials = charts["progress"]["encoding"]["x"]["axis"]["values"]
+    assert trials == [1, 3, 5, 7, 9, 11, 13], "of 13 trials with a result, as many as can be read"
+
+
+def test_a_single_trial_has_room_around_it(tmp_path: Path) -> None:
+    """A scale from 0.38 to 0.38 has no ticks that can be read."""
+    run = read_run(write_run(tmp_path / "demo", front=False, trials=1))
+    low, high = all_charts(run)["front"]["layer"][1]["encoding"]["y"]["scale"]["domain"]
+    assert low < (run.measured[0].value or 0.0) < high
+
+
 def test_searched_values_keep_the_scale_of_the_space(finished: Path) -> None:
     run = read_run(finished)
     charts = all_charts(run)

@@ -22,6 +22,8 @@ Spec = dict[str, Any]
 ROLES = {"front": "#2a8fd0", "projection only": "#e06c1a", "recommended": "#12a37a", "other trial": "#9a9a9a"}
 SHAPES = {"front": "circle", "projection only": "diamond", "recommended": "square", "other trial": "circle"}
 MAX_CURVES = 200
+MAX_TICKS = 12
+MARGIN = 0.05
 
 
 def all_charts(run: Run) -> dict[str, Spec]:
@@ -51,7 +53,7 @@ def front_chart(run: Run) -> Drawing:
         scale=alt.Scale(type="log", nice=False, padding=24),
         axis=_si_axis(),
     )
-    y = alt.Y("value:Q", title=run.metric, scale=alt.Scale(zero=False, padding=12))
+    y = alt.Y("value:Q", title=run.metric, scale=_value_scale(run))
     tooltip = [*_tooltip("trial", "role", "state", "summary"), _number("parameters", ","), _number("value", ".3f")]
     line = (
         alt.Chart(steps)
@@ -97,7 +99,7 @@ def curves_chart(run: Run) -> Drawing:
         if row["trial"] in roles and row.get("epoch") and (value := finite(row.get(run.metric))) is not None
     ]
     base = alt.Chart(alt.InlineData(values=values)).encode(
-        x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False)),
+        x=alt.X("epoch:Q", axis=_count_axis(max(value["epoch"] for value in values)), scale=alt.Scale(nice=False)),
         y=alt.Y("value:Q", title=run.metric, scale=alt.Scale(zero=False)),
         color=_role_color(),
         detail="trial:N",
@@ -138,7 +140,7 @@ def progress_chart(run: Run) -> Drawing:
     title = "dominated area" if len(run.objectives) == 2 else f"best {run.metric}"
     reached = enumerate(zip(run.measured, _progress(run), strict=True), start=1)
     values = [{"trial": trial.trial, "number": number, "reached": value} for number, (trial, value) in reached]
-    number_axis = alt.Axis(tickMinStep=1, format="d")
+    number_axis = _count_axis(len(values))
     line = alt.Chart(alt.InlineData(values=values)).mark_line(
         interpolate="step-after", point=True, color=ROLES["front"]
     )
@@ -213,6 +215,24 @@ def _number(name: str, form: str) -> alt.Tooltip:
     import altair as alt
 
     return alt.Tooltip(f"{name}:Q", format=form)
+
+
+def _value_scale(run: Run) -> alt.Scale:
+    """As wide as the values; of a single one, which would have no width, some of what lies around it."""
+    import altair as alt
+
+    values = {trial.value for trial in run.measured if trial.value is not None}
+    if len(values) > 1 or run.front:
+        return alt.Scale(zero=False, padding=12)
+    (value,) = values
+    return alt.Scale(domain=[value - MARGIN, value + MARGIN])
+
+
+def _count_axis(last: int) -> alt.Axis:
+    """Whole numbers from 1 on, not more of them than can be read; by itself Vega puts ticks between and rounds them."""
+    import altair as alt
+
+    return alt.Axis(values=list(range(1, last + 1, max(1, math.ceil(last / MAX_TICKS)))), format="d")
 
 
 def _si_axis() -> alt.Axis:
