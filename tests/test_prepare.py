@@ -367,8 +367,9 @@ def test_bad_options_and_encoders(tmp_path: Path) -> None:
     with pytest.raises(EncoderError):
         prepare(manifest, EncoderRef(source=str(tmp_path)), TEXT, tmp_path / "store")
     (tmp_path / "root").mkdir()
+    outside = write_rows(tmp_path / "root", [{"audio": "../0.wav", "caption": "Tone 0"}])
     with pytest.raises(DataError, match=r"row 1: .*outside the audio root"):
-        prepare(manifest, ENCODER, TEXT, tmp_path / "store", PrepareOptions(audio_root=tmp_path / "root"))
+        prepare(outside, ENCODER, TEXT, tmp_path / "store", PrepareOptions(audio_root=tmp_path / "root"))
     with pytest.raises(DataError, match="a parent of this folder is a file"):
         prepare(manifest, ENCODER, TEXT, tmp_path / "0.wav/store")
     assert not (tmp_path / "store").exists()
