@@ -226,7 +226,7 @@ def show_faults(search: Search, lost: dict[str, float], usual: list[float], tria
         [*rows, ("none", str(len(usual)), f"{between:.1f}", "")],
     )
     typer.echo(f"trials lost: {trials - complete} of {trials}")
-    typer.echo(f"epochs told: {len(search.told)}, of these trained again after a fault: {trained_again(search)}")
+    typer.echo(f"epochs told: {len(search.read())}, of these trained again after a fault: {trained_again(search)}")
 
 
 def prepare(folder: Path, train: int) -> Path:
