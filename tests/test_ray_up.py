@@ -92,9 +92,8 @@ def filled(laptop: Laptop) -> dict[str, Any]:
     """The shipped file with this machine's names; ports of its own, since another Ray may hold the usual ones."""
     text = (REPOSITORY / "cluster/local.yaml").read_text()
     text = text.replace("6379", str(free_port()))
-    text = text.replace(
-        "--dashboard-host=127.0.0.1", f"--dashboard-host=127.0.0.1 --dashboard-port={laptop.dashboard_port}"
-    )
+    ports = f"--dashboard-port={laptop.dashboard_port} --dashboard-agent-listen-port={free_port()}"
+    text = text.replace("--dashboard-host=127.0.0.1", f"--dashboard-host=127.0.0.1 {ports}")
     values: dict[str, Any] = yaml.safe_load(text)
     values["cluster_name"] = laptop.host.folder.name
     values["provider"]["head_ip"] = "127.0.0.1"
