@@ -64,6 +64,9 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Nothing is left of it."""
+        if self._cluster:
+            # A client of a control service that has gone ends the whole process, a minute later.
+            self._cluster.global_state.disconnect()
         for node in [*self.nodes, *([self._cluster.head_node] if self._cluster else [])]:
             pids = _pids(node)
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)

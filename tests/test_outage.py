@@ -204,6 +204,7 @@ def test_a_study_has_one_driver_and_a_killed_one_holds_nothing(tmp_path: Path) -
         holder.communicate()
     with only_driver(run_dir), only_driver(tmp_path / "runs" / "other"):
         pass
+    assert not list((tmp_path / "runs").iterdir())
 
 
 # A cluster that has gone

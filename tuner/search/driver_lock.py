@@ -20,7 +20,8 @@ def only_driver(run_dir: Path) -> Iterator[None]:
     """
     # Beside the folder, which a study that cannot start leaves empty.
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir.with_name(f".{run_dir.name}.lock"))
+    path = run_dir.with_name(f".{run_dir.name}.lock")
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -30,4 +31,6 @@ def only_driver(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # While it is held: whoever has opened it meanwhile finds that it has lost its name, and does not take it.
+        path.unlink(missing_ok=True)
         lock.release()
