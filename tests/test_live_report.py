@@ -211,7 +211,10 @@ def test_a_taken_port_is_one_sentence(folder: Path) -> None:
 
 
 def test_the_command_serves_until_it_is_interrupted(finished: Path) -> None:
-    command = [sys.executable, "-m", "tuner.cli", "report", str(finished), "--live"]
+    # A shell starts what runs in its background with SIGINT ignored, the tests themselves perhaps too.
+    listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    listen += "from tuner.cli import main; sys.argv[0] = 'tuner'; main()"
+    command = [sys.executable, "-c", listen, "report", str(finished), "--live"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         url = process.stdout.readline().split()[0]
