@@ -70,7 +70,7 @@ class LocalCluster:
             # Starting a head leaves its client with whatever in this process notes its use of Ray; a client of a
             # control service that has gone ends the whole process when it is asked, a minute later.
             self._cluster.global_state.disconnect()
-            _internal_kv_reset()
+            _internal_kv_reset()  # type: ignore[no-untyped-call]
         for node in [*self.nodes, *([self._cluster.head_node] if self._cluster else [])]:
             pids = _pids(node)
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
