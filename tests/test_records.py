@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from study_folder import write_run
 
 from tuner.config import LoraSpec, OptimSpec, TrialConfig
 from tuner.errors import StudyError
@@ -175,14 +176,7 @@ def test_the_table_has_the_types_that_readers_expect(journal: Journal) -> None:
 
 
 def test_the_report_reads_the_table(journal: Journal) -> None:
-    record = {
-        "study": "s",
-        "objectives": [
-            {"metric": "recall@10", "direction": "maximize"},
-            {"metric": "trainable_parameters", "direction": "minimize"},
-        ],
-    }
-    write_json(journal.run_dir / "study.json", record)
+    write_run(journal.run_dir, trials=0, front=False)
     journal.close()
     first, second = read_run(journal.run_dir).trials
     assert (first.trial, first.origin, first.state, first.epochs, first.seconds) == (
