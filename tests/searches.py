@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from conftest import Tiny
 
 STUDY = "study"
-# Ray names a process after its actor, and a lane's after the lane.
-LANE_WORKER = re.compile(r"ray::tuner-lane-")
+# Ray names a process after its actor's class, and while a method runs after its representation.
+LANE_WORKER = re.compile(r"ray::(Lane\b|tuner-lane-)")
 PATIENCE = 300.0  # seconds for anything that a search does, on a busy machine
 # Prints what a driver has imported, after the command has ended as it would.
 SCRIPT = """
