@@ -24,10 +24,12 @@ STUDY = "study"
 # Ray names a process after its actor's class, and while a method runs after its representation.
 LANE_WORKER = re.compile(r"ray::(Lane\b|tuner-lane-)")
 PATIENCE = 300.0  # seconds for anything that a search does, on a busy machine
-# Prints what a driver has imported, after the command has ended as it would.
+# Prints what a driver has imported, after the command has ended as it would. A shell starts what runs in its background
+# with SIGINT ignored, the tests themselves perhaps too.
 SCRIPT = """
-import json, sys
+import json, signal, sys
 from tuner.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     main()
 finally:
