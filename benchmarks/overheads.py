@@ -10,7 +10,7 @@ import asyncio
 import io
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,13 +201,10 @@ def timed(own: dict[str, float]) -> Iterator[None]:
     patches = [
         patch.object(owner, name, wrapped(getattr(owner, name), f"{owner.__name__}.{name}")) for owner, name in MEASURED
     ]
-    for each in patches:
-        each.start()
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for each in patches:
-            each.stop()
+            stack.enter_context(each)
+        yield
 
 
 def coordinator_rate(record: RecordedSearch, side_by_side: int, trials: int, epochs: int) -> float:

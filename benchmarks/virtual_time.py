@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -46,13 +46,10 @@ def own_clock(loop: VirtualLoop, *modules: ModuleType) -> Iterator[None]:
     """Let `time.monotonic()` in these modules read the loop's clock."""
     clock = SimpleNamespace(monotonic=loop.time)
     patches = [patch.object(module, "time", clock) for module in modules]
-    for each in patches:
-        each.start()
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for each in patches:
-            each.stop()
+            stack.enter_context(each)
+        yield
 
 
 def run_virtually(main: Coroutine[Any, Any, T], loop: VirtualLoop) -> T:

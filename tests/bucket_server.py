@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from moto.core import DEFAULT_ACCOUNT_ID  # type: ignore[attr-defined]
 from moto.s3.models import s3_backends
@@ -104,3 +106,14 @@ class BucketServer:
         body = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
+
+
+@contextmanager
+def bucket_server() -> Iterator[BucketServer]:
+    """A server, and the credentials that its clients find in the environment."""
+    with patch.dict(os.environ, CREDENTIALS):
+        server = BucketServer()
+        try:
+            yield server
+        finally:
+            server.stop()

@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 import pyarrow.fs as pafs
 import pytest
-from bucket_server import CREDENTIALS, BucketServer
+from bucket_server import BucketServer, bucket_server
 from conftest import Tiny
 from optuna.trial import TrialState
 from searches import STUDY
@@ -41,12 +41,8 @@ LARGE = 11 * 1024**2  # three parts of a multipart upload
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[BucketServer]:
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in CREDENTIALS.items():
-            environment.setenv(name, value)
-        server = BucketServer()
+    with bucket_server() as server:
         yield server
-        server.stop()
 
 
 @pytest.fixture(params=["folder", "s3"])

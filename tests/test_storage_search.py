@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bucket_server import CREDENTIALS, BucketServer
+from bucket_server import BucketServer, bucket_server
 from conftest import Tiny
 from optuna.trial import TrialState
 from searches import STUDY, Ended, Runs, epochs_of
@@ -31,12 +31,8 @@ AWAY_SECONDS = 4.0
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[BucketServer]:
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in CREDENTIALS.items():
-            environment.setenv(name, value)
-        server = BucketServer()
+    with bucket_server() as server:
         yield server
-        server.stop()
 
 
 @dataclass

@@ -31,9 +31,14 @@ _STUDY_NAME = re.compile(r"[^\W_][\w .+=@-]{0,199}")
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file under a temporary name and rename it."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it: it is whole, or as it was before."""
     staged = path.with_name(path.name + ".tmp")
     try:
-        staged.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        staged.write_text(text, encoding="utf-8")
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)

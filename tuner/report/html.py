@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.records import write_text
 from tuner.report.answer import difference_of, headline, interval_of
 from tuner.report.charts import Spec, all_charts
 from tuner.report.live import BASELINE
@@ -37,13 +38,7 @@ def write_report(run_dir: Path) -> Path:
 
 def save_page(run: Run, path: Path) -> None:
     """Write the page of a study as one file, which is whole or as it was before."""
-    page = render(run)
-    staged = path.with_name(path.name + ".tmp")
-    try:
-        staged.write_text(page, encoding="utf-8")
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_text(path, render(run))
 
 
 def render(run: Run, live: str | None = None) -> str:

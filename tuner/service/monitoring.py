@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tuner.errors import ConfigError
+from tuner.records import write_text
 from tuner.service.grafana import dashboard
 
 # As Ray's own: it publishes every ten seconds.
@@ -58,12 +59,7 @@ def dashboard_json() -> str:
 
 def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".tmp")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_text(path, text)
     return path
 
 
