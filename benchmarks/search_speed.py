@@ -138,7 +138,7 @@ def show_times(ours: Ours, peer: Session, trials: list[dict[str, Any]]) -> None:
     )
 
 
-def main(train: int = 200, validation: int = 60, test: int = 60, quick: bool = False) -> None:
+def main(train: int = 300, validation: int = 100, test: int = 100, quick: bool = False) -> None:
     """Compare; `--quick` on a handful of clips only shows that everything runs."""
     batch_size = BATCH_SIZE
     if quick:
