@@ -13,9 +13,9 @@ from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import TrialFailed
 from tuner.train.batches import steps_per_epoch
-from tuner.train.metrics import Metrics, Retrieval, bootstrap
 from tuner.train.pack import Pack, PackContext, retrieve_split
 from tuner.train.precision import dtype_of, measured_precision
+from tuner.train.results import Metrics, Retrieval, bootstrap
 
 METRIC = "recall@10"
 ALONE = "projection alone"

@@ -33,7 +33,7 @@ def shares(plan: Plan, outcome: Outcome) -> dict[str, float]:
     """Where the time of all GPUs went, from the start of the search to its front, as shares that add up to one.
 
     `nodes` is before a GPU was there, `lanes` loading the encoder on it, `tail` after its last epoch while others still
-    trained, `front` while one lane confirms; `calls` is the wait for messages between processes at a change of trial,
+    trained, `front` while it is confirmed; `calls` is the wait for messages between processes at a change of trial,
     and `driver` all other waiting for a trial.
     """
     whole = plan.gpus * outcome.end

@@ -34,6 +34,7 @@ from tuner.search.callback import Recorder
 from tuner.search.confirm import select
 from tuner.search.searcher import Objective, StudySearcher
 from tuner.search.study import PARAMETERS, fixed_configurations, open_storage
+from tuner.train.results import Measured
 
 METRIC = "recall@10"
 OBJECTIVES = (Objective(METRIC, "maximize"), Objective(PARAMETERS, "minimize"))
@@ -108,6 +109,7 @@ class _Simulation:
         self.events: asyncio.Queue[tuple[_Client, dict[str, Any]]] = asyncio.Queue()
         self.starting = asyncio.Semaphore(plan.head_cores)
         self.outcome = Outcome([])
+        self.needed = plan.gpus
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.study = optuna.create_study(
             storage=open_storage(folder), study_name="s", directions=[each.direction for each in OBJECTIVES]
@@ -139,7 +141,7 @@ class _Simulation:
         self.outcome.trials_end = now()
         selection = select(self.study, OBJECTIVES)
         self.outcome.confirmed = len(selection.trials)
-        front = {"trials": [trial.number for trial in selection.trials]}
+        front = [{"trial": trial.number} for trial in selection.trials]
         while (await self.call(self.coordinator.confirm(front, WAIT_SECONDS))).points is None:
             pass
         await self.coordinator.stop()
@@ -188,10 +190,16 @@ class _Simulation:
             await self.busy("tell", partial(self.searcher.on_trial_complete, client.name, row))
             running, idle = running - 1, [*idle, client]
             self.outcome.values.append((row[METRIC], row[PARAMETERS]))
-            # As `LaneWatch` does: lanes that will have no trial end, and their machines can go.
             if (remaining := self.plan.trials - len(self.outcome.values)) < self.plan.gpus:
                 await client.leave()
-                await self.coordinator.need(remaining)
+                await self._let_go(remaining)
+
+    async def _let_go(self, remaining: int) -> None:
+        """As `LaneWatch` does: lanes that will have no trial to train nor to confirm end, and their machines can go."""
+        needed = max(remaining, len(select(self.study, OBJECTIVES).trials))
+        if needed < self.needed:
+            self.needed = needed
+            await self.coordinator.need(needed)
 
     def _note(self, client: _Client, row: dict[str, Any]) -> None:
         client.trial.last_result = row
@@ -234,10 +242,9 @@ class _Simulation:
                 await self.call(self.coordinator.report(name, trial, held[trial]))
                 times.calls += CALLS_OF_AN_EPOCH * overheads.call
 
-    async def _confirm(self, lane: str, plan: dict[str, Any]) -> None:
-        each = self.record.overheads.confirm_epochs * self.plan.epoch_seconds
-        await asyncio.sleep(each * len(plan["trials"]))
-        await self.call(self.coordinator.confirmed(lane, [], None))
+    async def _confirm(self, lane: str, candidate: dict[str, Any]) -> None:
+        await asyncio.sleep(self.record.overheads.confirm_epochs * self.plan.epoch_seconds)
+        await self.call(self.coordinator.confirmed(lane, candidate["trial"], Measured({}, {}, {}), None))
 
 
 class _Client:

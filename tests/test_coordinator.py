@@ -12,15 +12,20 @@ from tuner.lanes import coordinator as module
 from tuner.lanes.coordinator import LEASE_SECONDS, Coordinator
 from tuner.lanes.deaths import DEATHS_PER_TRIAL, STARTS_PER_LANE
 from tuner.lanes.messages import Confirmation, Muster, Orders, Row, Update
+from tuner.train.results import Measured
 
 CONFIG: Row = {"seed": 0}
-PLAN: Row = {"trials": [["t0", "space", CONFIG]], "baseline": None}
+FRONT: list[Row] = [{"trial": trial, "origin": "space", "config": CONFIG} for trial in ("t0", "t1", "t2")]
 SOON = 5.0  # seconds in which something that is to happen at once must have happened
 LONG = 600.0
 
 
 def rows(*epochs: int) -> list[Row]:
     return [{"epoch": epoch, "loss": 1.0 / epoch} for epoch in epochs]
+
+
+def measured(trial: str) -> Measured:
+    return Measured({"trial": trial}, {"recall@10": 0.5}, {})
 
 
 def drive(scenario: Callable[[Coordinator], Awaitable[None]], precision: str | None = None) -> None:
@@ -251,32 +256,79 @@ def test_a_fatal_reason_reaches_every_trial_and_the_first_one_counts() -> None:
     drive(scenario)
 
 
-def test_one_lane_confirms_the_front() -> None:
+async def candidate_of(coordinator: Coordinator, lane: str) -> str | None:
+    """The trial of the front that a lane is told to measure when it asks without waiting."""
+    candidate = (await coordinator.poll(lane, [], 1, 0)).confirm
+    return candidate["trial"] if candidate else None
+
+
+def test_all_lanes_share_the_front() -> None:
     async def scenario(coordinator: Coordinator) -> None:
         for lane in ("a", "b"):
             await coordinator.register(lane, lane, "fp32")
-        asked = asyncio.create_task(coordinator.confirm(PLAN, LONG))
-        assert await coordinator.poll("a", [], 1, SOON) == Orders(confirm=PLAN)
-        assert await coordinator.poll("b", [], 1, 0) == Orders()
-        await coordinator.confirmed("a", rows(1), None)
-        assert await asked == Confirmation(points=rows(1))
+        asked = asyncio.create_task(coordinator.confirm(FRONT, LONG))
+        assert await coordinator.poll("a", [], 1, SOON) == Orders(confirm=FRONT[0])
+        assert await candidate_of(coordinator, "b") == "t1"
+        await coordinator.confirmed("b", "t1", measured("t1"), None)
+        assert await candidate_of(coordinator, "b") == "t2"
+        await coordinator.confirmed("a", "t0", measured("t0"), None)
+        assert await coordinator.poll("a", [], 1, 0) == Orders(), "every trial has its lane"
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(left=1)
+        assert not asked.done()
+        await coordinator.confirmed("b", "t2", measured("t2"), None)
+        points = [measured(row["trial"]) for row in FRONT]
+        assert await asked == Confirmation(points=points), "in the order that was asked for"
         # The driver's call may be retried; the work is not.
-        assert await coordinator.confirm(PLAN, 0) == Confirmation(points=rows(1))
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(points=points)
         assert await coordinator.poll("a", [], 1, 0) == Orders()
 
     drive(scenario)
 
 
-def test_a_lane_that_died_confirming_confirms_again() -> None:
+def test_what_a_dead_lane_was_measuring_is_measured_by_whoever_asks_next() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        for lane in ("a", "b"):
+            await coordinator.register(lane, "first", "fp32")
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(left=3)
+        assert await candidate_of(coordinator, "a") == "t0"
+        assert await candidate_of(coordinator, "b") == "t1"
+        await coordinator.confirmed("b", "t1", measured("t1"), None)
+        assert await candidate_of(coordinator, "a") == "t0", "an answer that got lost is given again"
+        await coordinator.register("a", "second", "fp32")
+        assert await candidate_of(coordinator, "b") == "t0"
+        assert await candidate_of(coordinator, "a") == "t2"
+        await coordinator.leave("a")
+        await coordinator.confirmed("b", "t0", measured("t0"), None)
+        assert await candidate_of(coordinator, "b") == "t2", "nor is it lost with a machine that says when it goes"
+
+    drive(scenario)
+
+
+def test_a_trial_that_cannot_be_measured_ends_the_confirmation() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        for lane in ("a", "b"):
+            await coordinator.register(lane, lane, "fp32")
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(left=3)
+        assert await candidate_of(coordinator, "a") == "t0"
+        assert await candidate_of(coordinator, "b") == "t1"
+        await coordinator.confirmed("a", "t0", None, "no space left")
+        await coordinator.confirmed("b", "t1", None, "what followed from it")
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(reason="no space left")
+        assert await candidate_of(coordinator, "a") is None
+
+    drive(scenario)
+
+
+def test_a_coordinator_that_was_started_again_has_the_front_measured_again() -> None:
+    """A lane that still measures for the one before does no harm."""
+
     async def scenario(coordinator: Coordinator) -> None:
         await coordinator.register("a", "first", "fp32")
-        assert await coordinator.confirm(PLAN, 0) == Confirmation()
-        assert (await coordinator.poll("a", [], 1, 0)).confirm == PLAN
-        assert (await coordinator.poll("a", [], 1, 0)).confirm is None
-        await coordinator.register("a", "second", "fp32")
-        assert (await coordinator.poll("a", [], 1, 0)).confirm == PLAN
-        await coordinator.confirmed("a", None, "no space left")
-        assert await coordinator.confirm(PLAN, 0) == Confirmation(reason="no space left")
+        await coordinator.confirmed("a", "t0", measured("t0"), None)
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(left=3)
+        await coordinator.confirmed("a", "t9", measured("t9"), None)
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(left=3)
+        assert await candidate_of(coordinator, "a") == "t0"
 
     drive(scenario)
 
@@ -284,7 +336,7 @@ def test_a_lane_that_died_confirming_confirms_again() -> None:
 def test_a_front_without_lanes_is_not_waited_for() -> None:
     async def scenario(coordinator: Coordinator) -> None:
         await coordinator.fatal("no weights")
-        assert await coordinator.confirm(PLAN, LONG) == Confirmation(reason="no weights")
+        assert await coordinator.confirm(FRONT, LONG) == Confirmation(reason="no weights")
 
     drive(scenario)
 
@@ -424,8 +476,25 @@ def test_one_lane_stays_for_the_front() -> None:
         await coordinator.need(0)
         assert (await asyncio.wait_for(waiting, SOON)).stop
         assert not (await coordinator.poll("b", [], 1, 0)).stop
-        assert await coordinator.confirm(PLAN, 0) == Confirmation()
-        assert (await coordinator.poll("b", [], 1, 0)).confirm == PLAN
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(left=3)
+        assert await candidate_of(coordinator, "b") == "t0"
+
+    drive(scenario)
+
+
+def test_lanes_go_when_no_trial_of_the_front_is_left_for_them() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        for lane in ("a", "b", "c"):
+            await coordinator.register(lane, lane, "fp32")
+        await coordinator.need(3)
+        assert await coordinator.confirm(FRONT, 0) == Confirmation(left=3)
+        assert [await candidate_of(coordinator, lane) for lane in ("a", "b", "c")] == ["t0", "t1", "t2"]
+        await coordinator.confirmed("a", "t0", measured("t0"), None)
+        assert (await coordinator.poll("a", [], 1, 0)).stop
+        await coordinator.confirmed("b", "t1", measured("t1"), None)
+        assert (await coordinator.poll("b", [], 1, 0)).stop
+        await coordinator.confirmed("c", "t2", measured("t2"), None)
+        assert not (await coordinator.poll("c", [], 1, 0)).stop, "the last one is told by the driver"
 
     drive(scenario)
 

@@ -104,7 +104,17 @@ def test_lanes_without_trials_are_let_go(monkeypatch: pytest.MonkeyPatch) -> Non
     """As many stay as the trials left need; nobody is told twice."""
     scene = Scene(monkeypatch, Capacity((NodeGroup(16, 4),)), 4, pack=2)
     scene.up = 4
-    for remaining, needed in [(9, []), (7, []), (6, [3]), (5, [3]), (1, [3, 1]), (0, [3, 1, 0])]:
+    for remaining, needed in [(9, []), (7, []), (6, [3]), (5, [3]), (1, [3, 1]), (0, [3, 1])]:
         scene.watch.remaining = lambda remaining=remaining: remaining
+        scene.look()
+        assert scene.needed == needed
+
+
+def test_lanes_stay_that_will_confirm_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, Capacity((NodeGroup(16, 4),)), 4)
+    scene.up = 4
+    left = SimpleNamespace()
+    scene.watch.remaining, scene.watch.front = lambda: left.trials, lambda: left.front
+    for left.trials, left.front, needed in [(5, 3, []), (3, 5, []), (2, 3, [3]), (1, 2, [3, 2]), (0, 2, [3, 2])]:
         scene.look()
         assert scene.needed == needed

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tuner.train.metrics import bootstrap, retrieve
+from tuner.train.metrics import retrieve
+from tuner.train.results import BOOTSTRAP_RESAMPLES, DIRECTIONS, Measured, Retrieval, bootstrap, resample
 
 
 def naive(score: np.ndarray, positive: np.ndarray) -> tuple[list[int], list[float]]:
@@ -98,3 +99,43 @@ def test_the_interval_is_the_normal_one_for_many_queries() -> None:
 def test_a_paired_difference_with_itself_is_zero() -> None:
     result = retrieve(*problem(1))
     assert bootstrap(result, result)["recall@10"] == (0.0, 0.0)
+
+
+def pair() -> tuple[Retrieval, Retrieval]:
+    """Two encoders over the same clips and captions."""
+    audio, text, owned = problem(1)
+    worse = F.normalize(audio + 0.5 * torch.randn_like(audio), dim=-1)
+    return retrieve(audio, text, owned), retrieve(worse, text, owned)
+
+
+def test_the_paired_interval_is_that_of_resampled_differences() -> None:
+    """Lanes resample apart what the driver subtracts; the slow way takes differences of each query first (1e-12)."""
+    better, worse = pair()
+    result = bootstrap(better, worse)
+    generator = np.random.default_rng(0)
+    drawn: dict[str, list[float]] = {}
+    for name in DIRECTIONS:
+        ours, theirs = (each.direction(name).per_query() for each in (better, worse))
+        difference_Q = {key: ours[key] - theirs[key] for key in ours}
+        queries = len(next(iter(difference_Q.values())))
+        for picks in generator.integers(0, queries, size=(BOOTSTRAP_RESAMPLES, queries)):
+            for key, values in difference_Q.items():
+                drawn.setdefault(f"{name}_{key}", []).append(values[picks].mean())
+    for key, draws in drawn.items():
+        assert result[key] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-12)
+    both = np.add(drawn["audio_to_text_R@10"], drawn["text_to_audio_R@10"]) / 2
+    assert result["recall@10"] == pytest.approx(np.quantile(both, [0.025, 0.975]), abs=1e-12)
+    assert result["recall@10"][0] > 0
+
+
+def test_a_point_is_compared_by_what_two_lanes_have_sent() -> None:
+    better, worse = (Measured({}, each.metrics(), resample(each)) for each in pair())
+    difference = better.minus(worse)
+    assert {key: entry["interval"] for key, entry in difference.items()} == bootstrap(*pair())
+    assert difference["recall@10"]["difference"] == better.metrics["recall@10"] - worse.metrics["recall@10"]
+    assert "audio_to_text_median_rank" not in difference
+
+
+def test_other_queries_cannot_be_paired() -> None:
+    with pytest.raises(ValueError, match="audio_to_text: 65 queries cannot be paired with 45"):
+        bootstrap(retrieve(*problem(1)), retrieve(*problem(1, clips=20)))

@@ -22,7 +22,7 @@ def evaluate(
     from tuner.data.store import META_FILE, Store
     from tuner.train.evaluate import load, nested
     from tuner.train.export import read_card
-    from tuner.train.metrics import bootstrap
+    from tuner.train.results import bootstrap
 
     card = read_card(adapter)
     pad = card.encoder.pad_to_30s

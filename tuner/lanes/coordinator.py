@@ -15,8 +15,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from tuner.lanes.confirmation import FrontQueue
 from tuner.lanes.deaths import Deaths, Nodes
 from tuner.lanes.messages import Confirmation, Muster, Orders, Row, Update
+from tuner.train.results import Measured
 
 # A trial that has not asked for its next epoch for so long is gone (its actor died for good, or its driver did).
 LEASE_SECONDS = 120.0
@@ -59,9 +61,7 @@ class Coordinator:
         self._stop = False
         self._fatal: str | None = None
         self._precision = precision
-        self._plan: Row | None = None
-        self._planned_lane: str | None = None
-        self._confirmation = Confirmation()
+        self._front: FrontQueue | None = None
         self._needed: int | None = None
         self._notes: list[str] = []
 
@@ -139,8 +139,8 @@ class Coordinator:
                     return Orders(stop=True)
                 if known is None:
                     return Orders(register=True)
-                if self._takes_plan(lane):
-                    return Orders(confirm=self._plan)
+                if self._front and (candidate := self._front.take(lane)):
+                    return Orders(confirm=candidate)
                 if self._dismisses(lane, held):
                     return Orders(stop=True)
                 drop = tuple(trial for trial in held if not self._belongs(trial, lane))
@@ -181,11 +181,12 @@ class Coordinator:
                 job.reason = reason
                 self._changed.notify_all()
 
-    async def confirmed(self, lane: str, points: list[Row] | None, reason: str | None) -> None:
-        """The front's points, measured from their files, or why this cannot be done."""
+    async def confirmed(self, lane: str, trial: str, measured: Measured | None, reason: str | None) -> None:
+        """A trial of the front was measured from its files, or why this cannot be done."""
         async with self._changed:
             self._deaths.forget_lane(lane)
-            self._plan, self._confirmation = None, Confirmation(points, reason)
+            if self._front:
+                self._front.report(trial, measured, reason)
             self._changed.notify_all()
 
     async def note(self, lane: str, text: str) -> None:
@@ -200,27 +201,29 @@ class Coordinator:
 
     # What the driver calls
 
-    async def confirm(self, plan: Row, timeout: float) -> Confirmation:
-        """Have one lane confirm a front and wait at most `timeout` seconds for it; asked again, it is not begun again.
+    async def confirm(self, trials: list[Row], timeout: float) -> Confirmation:
+        """Have the lanes confirm a front and wait at most `timeout` seconds for it; asked again, it is not begun again.
 
         Args:
-            plan: what `tuner.train.confirm.confirm_trials` takes, as plain values.
+            trials: `trial`, `origin` and `config` of each, what `tuner.train.confirm.confirm_trial` takes.
         """
         deadline = time.monotonic() + timeout
         async with self._changed:
+            if self._front is None:
+                self._front = FrontQueue(trials)
+                self._changed.notify_all()
             while True:
-                if self._confirmation != Confirmation():
-                    return self._confirmation
+                answer = self._front.answer
+                if answer.left is None:
+                    return answer
                 if self._fatal:
                     return Confirmation(reason=self._fatal)
-                if self._plan is None:
-                    self._plan, self._planned_lane = plan, None
-                    self._changed.notify_all()
                 if not await self._wait(deadline):
-                    return Confirmation()
+                    return self._front.answer
 
     async def need(self, lanes: int) -> None:
-        """From now on the study has work for so many lanes (one at least, for its front): others that idle may end."""
+        """From now on the study has work for so many lanes (one at least, for its front): others that idle may end.
+        While a front is confirmed, it has work for as many as there are trials left to measure."""
         async with self._changed:
             self._needed = max(1, lanes)
             self._changed.notify_all()
@@ -252,20 +255,14 @@ class Coordinator:
             job.lane = lane
         return chosen
 
-    def _takes_plan(self, lane: str) -> bool:
-        """Whether this lane is to confirm the front now: the first one that asks."""
-        if self._plan is None or self._planned_lane is not None:
-            return False
-        self._planned_lane = lane
-        return True
-
     def _dismisses(self, lane: str, held: list[str]) -> bool:
         """Whether this lane ends now, so that its machine can go: it idles, and the study needs fewer lanes."""
         asking = self._lanes.get(lane, _Lane())
         if not asking.dismissed and not held and self._needed is not None:
             staying = sum(bool(known.attempt) and not known.dismissed for known in self._lanes.values())
             idle = not any(job.open and job.lane in (lane, None) for job in self._jobs.values())
-            asking.dismissed = idle and staying > self._needed
+            needed = max(1, self._front.left) if self._front else self._needed
+            asking.dismissed = idle and staying > needed
         return asking.dismissed
 
     def _held(self, lane: str) -> list[str]:
@@ -273,8 +270,8 @@ class Coordinator:
 
     def _release(self, lane: str) -> None:
         """Everything that the lane had goes back into the queue."""
-        if self._planned_lane == lane:
-            self._planned_lane = None
+        if self._front:
+            self._front.release(lane)
         for trial in self._held(lane):
             self._jobs[trial].lane = None
 

@@ -252,24 +252,23 @@ class LaneWorker:
             ray.get(self.coordinator.last_words.remote(self.config.lane, first_line(error)))
             raise
 
-    def _confirm(self, plan: dict[str, Any]) -> None:
-        """Rank 0 measures the front; the other workers of the lane wait at the next broadcast."""
-        from tuner.train.confirm import confirm_trials
+    def _confirm(self, candidate: dict[str, Any]) -> None:
+        """Rank 0 measures a trial of the front; the other workers of the lane wait at the next broadcast."""
+        from tuner.train.confirm import confirm_trial
 
         for trial in list(self.pack.members):
             self.pack.detach(trial)
         if self.rank != 0:
             return
-        trials = [trial for trial, _, _ in plan["trials"]]
+        trial = candidate["trial"]
         try:
-            for trial in trials:
-                self.files.fetch(trial)
-            points = confirm_trials(self.pack, plan["trials"], plan["baseline"], self.files.folder, self.precision)
-            self.files.keep_adapters(trials)
+            self.files.fetch(trial)
+            measured = confirm_trial(self.pack, candidate, self.files.folder, self.precision)
+            self.files.keep_adapters([trial])
         except (TunerError, RuntimeError) as error:
-            self.tell("confirmed", None, str(error) if isinstance(error, TunerError) else first_line(error))
+            self.tell("confirmed", trial, None, str(error) if isinstance(error, TunerError) else first_line(error))
             return
-        self.tell("confirmed", points, None)
+        self.tell("confirmed", trial, measured, None)
 
     def _give_up(self, trial: str, reason: str) -> None:
         logger.warning("%s: %s", trial, reason)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tuner.train.results import Measured
+
 Row = dict[str, Any]
 
 
@@ -23,10 +25,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """Answer to the driver that waits for its front: the points, or why there are none; both None: not yet."""
+    """Answer to the driver that waits for its front: what was measured of each trial, or why that cannot be done.
 
-    points: list[Row] | None = None
+    Attributes:
+        left: while both are None: how many trials are still to be measured, if it is known.
+    """
+
+    points: list[Measured] | None = None
     reason: str | None = None
+    left: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Orders:
         new: adapters to take up (trial, configuration).
         drop: adapters to drop.
         alone: the one adapter to train in this turn, because a worker has died while it trained.
-        confirm: a front to confirm.
+        confirm: a trial of the front to export and measure on test.
         stop: the lane ends.
         register: the coordinator does not know the lane, which registers and asks again.
     """

@@ -1,4 +1,4 @@
-"""From finished trials to a confirmed front: chosen on validation here, exported and measured on test by a lane."""
+"""From finished trials to a confirmed front: chosen on validation here, exported and measured on test by the lanes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tuner.errors import StudyError
 from tuner.lanes.messages import Confirmation
 from tuner.pareto import pareto_front
 from tuner.search.searcher import Objective, trial_id
+from tuner.train.results import Measured
 
 Point = dict[str, Any]
 BASELINE, RECOMMENDED = "projection_only", "recommended"
@@ -45,12 +46,15 @@ def select(study: optuna.Study, objectives: Sequence[Objective]) -> Selection:
     return Selection(tuple(complete[i] for i in kept), front, baseline)
 
 
-def confirm(selection: Selection, coordinator: Any, waiting: Callable[[], None]) -> list[Point]:
-    """Have a lane export the selected trials and measure them from their files.
+def confirm(
+    selection: Selection, coordinator: Any, look: Callable[[], None], say: Callable[[str], None]
+) -> list[Point]:
+    """Have the lanes export the selected trials and measure them from their files.
 
     Args:
         coordinator: handle of the study's `Coordinator` actor.
-        waiting: called now and then until the points are there.
+        look: called now and then until the points are there.
+        say: told when some of them are.
 
     Returns:
         The points of front.json, by rising number of trainable parameters.
@@ -59,17 +63,31 @@ def confirm(selection: Selection, coordinator: Any, waiting: Callable[[], None])
         StudyError: encoder, store or disk are no longer as they were.
     """
     trials = [
-        [trial_id(trial.number), trial.user_attrs["origin"], json.loads(trial.user_attrs["config"])]
+        {
+            "trial": trial_id(trial.number),
+            "origin": trial.user_attrs["origin"],
+            "config": json.loads(trial.user_attrs["config"]),
+        }
         for trial in selection.trials
     ]
-    plan = {"trials": trials, "baseline": selection.baseline}
-    while True:
-        waiting()
-        answer: Confirmation = ray.get(coordinator.confirm.remote(plan, WAIT_SECONDS))
+    answer, left = Confirmation(), len(trials)
+    while answer.points is None:
+        look()
+        answer = ray.get(coordinator.confirm.remote(trials, WAIT_SECONDS))
         if answer.reason is not None:
             raise StudyError(f"the front cannot be confirmed: {answer.reason}")
-        if answer.points is not None:
-            break
-    for point in answer.points:
-        point["on_front"] = point["trial"] in selection.front
-    return sorted(answer.points, key=lambda point: (point["trainable_parameters"], point["trial"]))
+        if answer.left is not None and answer.left < left:
+            left = answer.left
+            say(f"{len(trials) - left} of {len(trials)} trials are confirmed")
+    return _compared(answer.points, selection)
+
+
+def _compared(measured: Sequence[Measured], selection: Selection) -> list[Point]:
+    """Points beside the projection alone, whichever lanes have measured the two."""
+    baseline = next((each for each in measured if each.point["trial"] == selection.baseline), None)
+    points = []
+    for each in measured:
+        difference = each.minus(baseline) if baseline else None
+        on_front = each.point["trial"] in selection.front
+        points.append({**each.point, "test_vs_baseline": difference, "on_front": on_front})
+    return sorted(points, key=lambda point: (point["trainable_parameters"], point["trial"]))

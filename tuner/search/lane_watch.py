@@ -31,11 +31,13 @@ class LaneWatch(tune.Callback):
 
     Attributes:
         remaining: set when known: how many trials are still to be started or to end.
+        front: set when known: how many trials the front would have to confirm if the search ended now.
     """
 
     def __init__(self, lanes: Fleet, size: FleetSize, workers: int, view: View) -> None:
         self.lanes, self.size, self.workers, self.view = lanes, size, workers, view
         self.remaining: Callable[[], int] | None = None
+        self.front: Callable[[], int] = lambda: 1
         self._started = time.monotonic()
         self._next_look = self._next_question = 0.0
         self._up = 0
@@ -96,11 +98,11 @@ class LaneWatch(tune.Callback):
         return text if possible is None else f"{text}, the autoscaler may bring {max(0, count(possible) - present)}"
 
     def _let_go(self) -> None:
-        """Lanes that have no trial left to train end, so that an autoscaler can take their machines back."""
+        """Lanes without a trial left to train, or soon one to confirm, end: an autoscaler can take their machines."""
         if self.remaining is None or self.lanes.lanes == 1:
             return
         needed = math.ceil(self.remaining() / self.lanes.capacity)
-        if needed < self._needed:
+        if needed < self._needed and (needed := max(needed, self.front())) < self._needed:
             self._needed = needed
             self.lanes.coordinator.need.remote(needed)
 

@@ -216,6 +216,7 @@ class _Search:
         if searcher.remaining == 0:
             return
         watch.remaining = lambda: searcher.remaining
+        watch.front = lambda: len(select(study, request.objectives).trials)
         recorder = Recorder(
             self.journal,
             self.view,
@@ -284,7 +285,7 @@ class _Search:
                 why = f"each because {reasons.pop()}"
             raise StudyError(f"study {self.request.study}: all {len(failed)} trials failed, {why}")
         self.view.message(f"confirming {len(selection.trials)} trials on the test gallery")
-        points = confirm(selection, lanes.coordinator, watch.look)
+        points = confirm(selection, lanes.coordinator, watch.look, self.view.message)
         if self.request.study_storage is not None:
             for point in points:
                 self.request.study_storage.download_folder(point["adapter"], self.request.run_dir / point["adapter"])

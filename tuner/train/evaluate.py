@@ -22,11 +22,11 @@ from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import AdapterError
 from tuner.lora.adapter import detach, load_adapter, on_path
 from tuner.train.export import Card, load_head, read_card
-from tuner.train.metrics import DIRECTIONS, Metrics, Retrieval
 from tuner.train.model import ProjectionHead, pool_clips
 from tuner.train.pack import retrieve_split
 from tuner.train.precision import dtype_of
 from tuner.train.prefix import FeatureSource, LivePrefix, row_lengths
+from tuner.train.results import DIRECTIONS, Metrics, Retrieval
 
 ADAPTER = "default"
 

@@ -15,9 +15,9 @@ from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import TrialFailed
 from tuner.train.export import export_adapter, make_card
-from tuner.train.metrics import Metrics
 from tuner.train.pack import Pack, PackContext
 from tuner.train.precision import dtype_of, measured_precision
+from tuner.train.results import Metrics
 
 Progress = Callable[[int, int], None]
 logger = logging.getLogger(__name__)
