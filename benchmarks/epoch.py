@@ -18,7 +18,7 @@ from benchmarks.levers import RECOMMENDED
 from benchmarks.table import show
 from tuner.commands.inputs import DataChoice, find_store
 from tuner.config import RunSettings, TrialConfig
-from tuner.data.cache import cache_root
+from tuner.data.cache import prefix_root
 from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import TrialFailed
@@ -72,7 +72,7 @@ def train(data: str, batch_size: int, epochs: int, tokens_per_forward: int) -> t
         tokens_per_forward=tokens_per_forward,
     )
     encoder = load_encoder(inspect_encoder(store.encoder), torch.bfloat16)
-    pack = Pack(PackContext(encoder, store, settings, prefix_root=cache_root() / "prefix"))
+    pack = Pack(PackContext(encoder, store, settings, prefix_root=prefix_root()))
     pack.attach("t", TrialConfig(lora=RECOMMENDED))
     pack.prefix(0)
     seconds = []

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -132,16 +133,12 @@ def local_cluster(nodes: int) -> Iterator[LocalCluster]:
     """A cluster with so many worker nodes, and nothing left of it afterwards."""
     # Ray's sockets may have 107 characters, and its note of the latest cluster must not be everyone's.
     folder = Path(tempfile.mkdtemp(prefix="tuner-"))
-    before = os.environ.get("RAY_TMPDIR")
-    os.environ["RAY_TMPDIR"] = str(folder)
-    cluster = LocalCluster(folder, free_port())
-    try:
-        cluster.start(nodes)
-        yield cluster
-    finally:
-        cluster.stop()
-        if before is None:
-            del os.environ["RAY_TMPDIR"]
-        else:
-            os.environ["RAY_TMPDIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
+    # Its nodes write their caches where `TUNER_CACHE` was when they were started.
+    with patch.dict(os.environ, RAY_TMPDIR=str(folder), TUNER_CACHE=str(folder / "cache")):
+        cluster = LocalCluster(folder, free_port())
+        try:
+            cluster.start(nodes)
+            yield cluster
+        finally:
+            cluster.stop()
+            shutil.rmtree(folder, ignore_errors=True)

@@ -31,7 +31,7 @@ def below(*packages: str) -> list[str]:
 def test_imports_go_downward_only() -> None:
     """The contracts are in pyproject.toml, for `make check` and for here. In a process of its own: the linter silences
     every logger that there is."""
-    command = [Path(sys.executable).parent / "lint-imports", "--config", REPOSITORY / "pyproject.toml", "--no-cache"]
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--config", "pyproject.toml", "--no-cache"]
     checked = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 

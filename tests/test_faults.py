@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.timeout(900)
 TRIALS = 4
 EPOCHS = 20
 CAUGHT = 3  # the epoch after which a trial is disturbed
+# The rest of a trial takes less than a second: the watcher, which cannot be asked, must have looked before it goes on.
+WATCHER_SECONDS = 3.0
 NOTICE_SECONDS = 600  # longer than the test: who waits for the node's end, waits too long
 
 
@@ -39,6 +42,8 @@ class Faulty:
     before: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     # The lane's node before and after, by fault.
     nodes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # Names of the prefix caches that the nodes have kept.
+    prefixes: list[str] = field(default_factory=list)
 
 
 DISTURBED = {"coordinator killed": "t0001", "node killed": "t0002", "node drained": "t0003"}
@@ -57,6 +62,7 @@ def faulty(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fau
                 disturb(cluster, driver, fault, trial, result)
             ended = driver.wait()
         assert ended.code == 0, ended
+        result.prefixes = [path.name for path in (cluster.folder / "cache" / "prefix").iterdir()]
         yield result
 
 
@@ -74,6 +80,7 @@ def disturb(cluster: LocalCluster, driver: Driver, fault: str, trial: str, resul
         worker = psutil.Process(lane)
         worker.suspend()
         drain(cluster, node.node_id)
+        time.sleep(WATCHER_SECONDS)
         worker.resume()
     result.before[fault] = [e for e in result.runs.journal() if e["event"] == "epoch" and e["trial"] == trial]
     seen = result.before[fault][-1]["row"]["epoch"]
@@ -120,6 +127,12 @@ def test_the_lane_moves_to_another_node(faulty: Faulty, fault: str) -> None:
 def test_a_coordinator_that_was_killed_costs_no_worker(faulty: Faulty) -> None:
     before, after = faulty.nodes["coordinator killed"]
     assert before == after
+
+
+def test_nodes_cache_where_they_say_themselves(faulty: Faulty) -> None:
+    """The driver's own place for caches need not be there on a node."""
+    assert faulty.prefixes
+    assert not (faulty.runs.folder / "cache" / "prefix").exists()
 
 
 def test_a_clip_that_ends_every_trial_is_in_the_last_sentence(tiny: Tiny, tmp_path: Path) -> None:

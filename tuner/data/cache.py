@@ -16,3 +16,8 @@ def cache_root() -> Path:
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base).expanduser().absolute() / "tuner"
     return Path.home() / ".cache" / "tuner"
+
+
+def prefix_root() -> Path:
+    """Where this machine keeps the frozen states that its trials share (`tuner.train.prefix`)."""
+    return cache_root() / "prefix"

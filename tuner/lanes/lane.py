@@ -46,7 +46,6 @@ class LaneConfig:
     settings: RunSettings
     run_dir: str  # checkpoints/<trial>.pt live below it, unless there is a storage
     storage: Storage | None  # of the study
-    prefix_root: str
     capacity: int  # adapters in a pack
     workers: int
     threads: int  # CPUs reserved for one worker
@@ -103,6 +102,7 @@ class LaneWorker:
 
     def load(self) -> None:
         """Load encoder, store and text embeddings, and agree with the other lanes on the number format."""
+        from tuner.data.cache import prefix_root
         from tuner.data.remote import open_store
         from tuner.encoders.registry import inspect_encoder, load_encoder
         from tuner.train.pack import Pack, PackContext
@@ -120,7 +120,7 @@ class LaneWorker:
             store=open_store(settings.store),
             settings=settings,
             workers=Workers(self.rank, self.world),
-            prefix_root=Path(self.config.prefix_root),
+            prefix_root=prefix_root(),
         )
         self.pack = Pack(context)
         self.metrics.spent("loading")

@@ -16,7 +16,6 @@ from optuna.trial import TrialState
 from ray import tune
 
 from tuner.config import TrialConfig
-from tuner.data.cache import cache_root
 from tuner.data.remote import open_store
 from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder
@@ -169,7 +168,6 @@ class _Search:
             request.space.name,
             request.settings,
             request.run_dir,
-            cache_root() / "prefix",
             self.record["precision"],
             request.fleet,
             self.size,

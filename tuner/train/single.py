@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tuner.config import Frozen, RunSettings, TrialConfig, read_yaml
-from tuner.data.cache import cache_root
+from tuner.data.cache import prefix_root
 from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import TrialFailed
@@ -59,7 +59,7 @@ def train_single(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = measured_precision(device) if settings.precision == "auto" else settings.precision
     encoder = load_encoder(inspect_encoder(settings.encoder), dtype_of(precision), str(device))
-    pack = Pack(PackContext(encoder, Store.open(Path(settings.store)), settings, prefix_root=cache_root() / "prefix"))
+    pack = Pack(PackContext(encoder, Store.open(Path(settings.store)), settings, prefix_root=prefix_root()))
     member = pack.attach(folder.name, config)
     if member.warning:
         warn(member.warning)
