@@ -29,8 +29,7 @@ import typer
 
 from benchmarks import run
 from benchmarks.local_cluster import COORDINATOR, LANE, LocalCluster, kill, local_cluster, until
-from benchmarks.memory import search_command
-from benchmarks.session import run_session
+from benchmarks.session import run_session, search_command
 from benchmarks.share import make_share
 from benchmarks.table import show
 from tuner.data.store import Store

@@ -1,130 +1,22 @@
-"""Peak memory of a whole session: the proportional set size of all its processes together.
-
-PSS counts a page that several processes map once in total, so memory-mapped stores and shared libraries are not
-counted again for every Ray worker, as they would be in a sum of resident set sizes. Run as a script it measures
-`tuner search` on the demo.
-"""
+"""Peak memory and overhead of `tuner search` on the demo, all processes together (`peak.py`)."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
-import threading
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
-import psutil
 import typer
 
 from benchmarks import run
-from benchmarks.table import show
+from benchmarks.peak import GB, show_peak
+from benchmarks.session import run_session, search_command, search_times, show_search_times
+from tuner.commands.inputs import DataChoice, find_store
 
-INTERVAL_SECONDS = 0.5
-GB = 10**9
 TARGET_GB = 3.0
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The sample with the largest sum: bytes in total and by process name, with the number of such processes."""
-
-    total: int = 0
-    by_name: dict[str, int] = field(default_factory=dict)
-    processes: dict[str, int] = field(default_factory=dict)
-    samples: int = 0
-
-
-class PeakSampler:
-    """Samples the PSS of a process and all its descendants until the context ends.
-
-    A descendant stays counted when its parent ends before it and another process adopts it.
-    """
-
-    def __init__(self, pid: int, interval: float = INTERVAL_SECONDS) -> None:
-        self.peak = Peak()
-        self._known = {psutil.Process(pid)}
-        self._interval = interval
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            self.sample()
-            if self._stop.wait(self._interval):
-                return
-
-    def sample(self) -> None:
-        """Take one sample now."""
-        bytes_of: Counter[str] = Counter()
-        number_of: Counter[str] = Counter()
-        for process in self._family():
-            try:
-                pss, name = process.memory_full_info().pss, label(process)
-            except psutil.Error:
-                continue  # it ended since it was listed
-            bytes_of[name] += pss
-            number_of[name] += 1
-        total, taken = bytes_of.total(), self.peak.samples + 1
-        if total >= self.peak.total:
-            self.peak = Peak(total, dict(bytes_of), dict(number_of), taken)
-        else:
-            self.peak = Peak(self.peak.total, self.peak.by_name, self.peak.processes, taken)
-
-    def _family(self) -> set[psutil.Process]:
-        for process in tuple(self._known):
-            try:
-                self._known.update(process.children(recursive=True))
-            except psutil.Error:
-                self._known.discard(process)
-        return self._known
-
-
-def label(process: psutil.Process) -> str:
-    """What a process is, in a word: the name that Ray gives its workers, or the script or module that runs."""
-    command = process.cmdline()
-    if not command or command[0].startswith("ray::"):
-        return command[0] if command else process.name()
-    program = Path(command[0]).name
-    if not program.startswith("python"):
-        return program
-    if "-m" in command[1:-1]:
-        return command[command.index("-m") + 1]
-    if "-c" in command:
-        return f"{program} -c"
-    return next((Path(part).name for part in command[1:] if not part.startswith("-")), program)
-
-
-def show_peak(title: str, peak: Peak) -> None:
-    """Print a peak by process name, largest first."""
-    rows = [
-        (name, str(peak.processes[name]), f"{size / GB:.2f}")
-        for name, size in sorted(peak.by_name.items(), key=lambda item: -item[1])
-    ]
-    rows.append(("together", str(sum(peak.processes.values())), f"{peak.total / GB:.2f}"))
-    show(f"{title} ({peak.samples} samples)", ("process", "number", "PSS GB"), rows)
-
-
-def search_command(arguments: Sequence[str]) -> list[str]:
-    """`tuner` of this interpreter with these arguments."""
-    return [sys.executable, "-m", "tuner.cli", *arguments]
 
 
 def main(trials: int = 4, epochs: int = 1, data: str = "demo") -> None:
     """Peak memory and overhead of `tuner search` on the demo, prepared beforehand."""
-    from benchmarks.session import run_session, search_times, show_search_times
-    from tuner.commands.inputs import DataChoice, find_store
-
     store = find_store(DataChoice(data))
     with tempfile.TemporaryDirectory(prefix="tuner-bench-") as folder:
         options = ["--trials", str(trials), "--epochs", str(epochs), "--json"]

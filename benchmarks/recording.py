@@ -18,10 +18,9 @@ import psutil
 import typer
 
 from benchmarks import run
-from benchmarks.memory import search_command
 from benchmarks.overheads import probe, tune_costs
 from benchmarks.recorded import FILE, Overheads, RecordedSearch, RecordedTrial
-from benchmarks.session import run_session
+from benchmarks.session import run_session, search_command
 from tuner.config import EncoderRef, TrialConfig
 from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder

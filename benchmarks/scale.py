@@ -18,8 +18,8 @@ from typing import Annotated
 import typer
 
 from benchmarks import run
-from benchmarks.memory import PeakSampler, show_peak
 from benchmarks.overheads import coordinator_rate, run_without_training
+from benchmarks.peak import PeakSampler, show_peak
 from benchmarks.recorded import RecordedSearch
 from benchmarks.simulation import Outcome, Plan, simulate
 from benchmarks.table import show

@@ -20,8 +20,8 @@ import torch
 import typer
 
 from benchmarks import levers, run
-from benchmarks.memory import search_command, show_peak
-from benchmarks.session import SearchTimes, Session, run_session, search_times, show_search_times
+from benchmarks.peak import show_peak
+from benchmarks.session import SearchTimes, Session, run_session, search_command, search_times, show_search_times
 from benchmarks.share import Share, make_share
 from benchmarks.table import factor, show
 from tuner.config import TrialConfig

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import Peak, PeakSampler
+from benchmarks.peak import Peak, PeakSampler
 from benchmarks.table import show
 
 TAIL_LINES = 15
@@ -32,6 +33,11 @@ class Session:
     seconds: float
     peak: Peak
     events: tuple[Event, ...]
+
+
+def search_command(arguments: Sequence[str]) -> list[str]:
+    """`tuner` of this interpreter with these arguments."""
+    return [sys.executable, "-m", "tuner.cli", *arguments]
 
 
 def run_session(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Session:

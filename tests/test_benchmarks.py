@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import peer, peer_training
 from benchmarks.levers import PaddedPack
-from benchmarks.memory import PeakSampler, label
+from benchmarks.peak import PeakSampler, label
 from benchmarks.session import Event, run_session, search_times
 from benchmarks.table import factor, render
 from tuner.config import EncoderRef, LoraSpec, OptimSpec, RunSettings, TrialConfig
