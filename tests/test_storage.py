@@ -24,6 +24,7 @@ from searches import STUDY
 
 from tuner import cli
 from tuner.commands.inputs import place_of
+from tuner.commands.search import _free_name
 from tuner.config import TrialConfig
 from tuner.data.remote import fetch_store, open_store, upload_store
 from tuner.data.store import META_FILE, Store
@@ -531,6 +532,19 @@ def test_a_name_is_taken_in_the_storage_too(storage: Storage, tmp_path: Path) ->
     with pytest.raises(StudyError, match=f"study {STUDY} exists in .*--resume {STUDY} --storage"):
         check_new(tmp_path / STUDY, storage)
     check_new(tmp_path / "another", storage)
+
+
+def test_an_unnamed_study_gets_the_first_free_name(storage: Storage, tmp_path: Path) -> None:
+    """One that could not start has left an empty folder, in a bucket too, where Arrow makes it."""
+    for folder in ("space", "space-2", "space-3"):
+        storage.at(folder).write("driver.json", b"{}")
+        storage.at(folder).remove("driver.json")
+    assert storage.folders() == ["space", "space-2", "space-3"]
+    storage.at("space").write("study.json", b"{}")
+    assert _free_name(tmp_path, storage, "space") == "space-2"
+    (tmp_path / "space-2").mkdir()
+    assert _free_name(tmp_path, storage, "space") == "space-3"
+    assert _free_name(tmp_path, None, "other") == "other"
 
 
 def test_a_study_that_is_nowhere_cannot_be_resumed(storage: Storage, tmp_path: Path) -> None:

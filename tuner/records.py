@@ -63,6 +63,11 @@ def read_study(run_dir: Path) -> dict[str, Any]:
     return record
 
 
+def sessions(record: Mapping[str, Any] | None) -> int:
+    """How many drivers have worked on the study of this record; 0 where there is none."""
+    return 0 if record is None else int(record.get("sessions", 1))
+
+
 class History:
     """Trials, epochs and ends as the journal has them so far; reading changes nothing, also while a search writes."""
 

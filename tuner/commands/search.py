@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,7 +114,6 @@ def search(
     from tuner.commands.studies import submit_search
     from tuner.lanes.fleet import FleetOptions
     from tuner.search.loggers import check_loggers
-    from tuner.search.study import resumed_request
 
     options = FleetOptions(lanes, workers, pack, max_gpus)
     check_loggers(logger or ())
@@ -120,19 +121,39 @@ def search(
     if address is not None and address.startswith(("http://", "https://")) and not dry_run:
         submit_search(context, address, json)
         return
+    here = partial(replace, address=address, dashboard=dashboard, fleet=options, loggers=tuple(logger or ()))
     if resume is not None:
-        request = resumed_request(study_folder(runs, resume), trials, place)
-    else:
-        choice = DataChoice(data, encoder, text_encoder, pad_to_30s, audio_root)
-        values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
-        values["off_path"] = off_path
-        request = _new_request(_load_space(space, placement), choice, path, objective, study, runs, place, values)
-        request = replace(request, trials=trials or DEFAULT_TRIALS, seed=seed)
-    request = replace(request, address=address, dashboard=dashboard, fleet=options, loggers=tuple(logger or ()))
+        _resume(study_folder(runs, resume), place, trials, here, address, json)
+        return
+    choice = DataChoice(data, encoder, text_encoder, pad_to_30s, audio_root)
+    values = {"epochs": epochs, "batch_size": batch_size, "data_seed": seed, "precision": precision}
+    values["off_path"] = off_path
+    request = _new_request(_load_space(space, placement), choice, path, objective, study, runs, place, values)
+    request = here(replace(request, trials=trials or DEFAULT_TRIALS, seed=seed))
     if dry_run:
         _show_cost(request, tflops, json)
     else:
-        _run(request, json, resume is not None)
+        _run(request.run_dir, place, lambda: request, address, json, False)
+
+
+def _resume(
+    run_dir: Path,
+    place: Storage | None,
+    trials: int | None,
+    here: Callable[[SearchRequest], SearchRequest],
+    address: str | None,
+    json: bool,
+) -> None:
+    """Go on with a study.
+
+    Args:
+        place: where it is kept besides its folder; None: as it says itself.
+        here: fills in what each driver is told anew.
+    """
+    from tuner.search.study import kept_in, resumed_request
+
+    place = kept_in(run_dir, place)
+    _run(run_dir, place, lambda: here(resumed_request(run_dir, trials, place)), address, json, True)
 
 
 def _show_cost(request: SearchRequest, tflops: float | None, json: bool) -> None:
@@ -160,23 +181,40 @@ def _places(context: typer.Context) -> tuple[Storage | None, Path]:
     return Storage.parse(storage) if storage and not dry_run else None, runs
 
 
-def _run(request: SearchRequest, json: bool, resume: bool) -> None:
+def _run(
+    run_dir: Path,
+    place: Storage | None,
+    prepare: Callable[[], SearchRequest],
+    address: str | None,
+    json: bool,
+    resume: bool,
+) -> None:
+    """Search as the only head of the study.
+
+    Args:
+        place: where the study is kept besides its folder.
+        prepare: called when no other head is searching the study: a resumed one is brought here by it.
+    """
     from tuner.commands.inputs import say
     from tuner.report.live import make_view
+    from tuner.search.head_lease import only_head
     from tuner.search.run import run_search
 
-    again = f"tuner search --resume {request.study} --runs {request.run_dir.parent}"
-    again += f" --address {request.address}" if request.address else ""
+    again = f"tuner search --resume {run_dir.name} --runs {run_dir.parent}"
+    again += f" --address {address}" if address else ""
     view = make_view("json" if json else "auto")
 
-    def lost() -> None:
+    def end(sentence: str) -> None:
         view.close()
-        say(f"tuner: the Ray cluster has gone; nothing is lost, bring it up and go on with `{again}`")
-        # No exception reaches the calls that wait for it.
+        say(f"tuner: {sentence}")
+        # No exception reaches calls that wait for a cluster, and lanes of ours must not upload any more.
         os._exit(LOST)
 
+    gone = f"the Ray cluster has gone; nothing is lost, bring it up and go on with `{again}`"
     try:
-        front = run_search(request, view, resume, lost)
+        with only_head(run_dir.name, place, say, superseded=end) as lease:
+            request = prepare()
+            front = run_search(request, view, resume, lambda: end(gone), lease)
     except KeyboardInterrupt:
         # Said here: Typer turns the interrupt itself into a silent exit.
         say(f"tuner: interrupted; nothing is lost, go on with `{again}`")
@@ -218,10 +256,18 @@ def _new_request(
 
 
 def _free_name(runs: Path, storage: Storage | None, name: str) -> str:
-    taken = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
-    taken |= set(storage.folders()) if storage else set()
-    numbered = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
-    return next(candidate for candidate in numbered if candidate not in taken)
+    from tuner.records import STUDY_FILE
+
+    here = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
+    there = set(storage.folders()) if storage else set()
+
+    def taken(candidate: str) -> bool:
+        # A study that could not start has left an empty folder there.
+        kept = storage is not None and candidate in there and storage.at(candidate).exists(STUDY_FILE)
+        return candidate in here or kept
+
+    numbered = (name if number == 1 else f"{name}-{number}" for number in range(1, len(here | there) + 2))
+    return next(candidate for candidate in numbered if not taken(candidate))
 
 
 def parse_objectives(objectives: list[str] | None) -> tuple[str, bool]:

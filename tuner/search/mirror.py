@@ -20,7 +20,8 @@ from typing import Any
 
 from tuner.errors import StorageError, StudyError
 from tuner.lanes.files import CHECKPOINTS
-from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, read_study
+from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, read_study, sessions
+from tuner.search.head_lease import HeadLease
 from tuner.storage import Storage
 
 DATABASE_FILE, REPORT_FILE = "study.db", "report.html"
@@ -34,13 +35,17 @@ Config = dict[str, Any]
 
 
 class Mirror:
-    """Copies the files of a study that have changed since the last time."""
+    """Copies the files of a study that have changed since the last time.
+
+    Args:
+        lease: of the head that searches the study, asked before each upload.
+    """
 
     # The journal after the database: a trial that the database calls finished then has its reason in the journal.
     FILES = (STUDY_FILE, DATABASE_FILE, JOURNAL_FILE, TRIALS_FILE, FRONT_FILE, REPORT_FILE)
 
-    def __init__(self, run_dir: Path, storage: Storage) -> None:
-        self.run_dir, self.storage = run_dir, storage
+    def __init__(self, run_dir: Path, storage: Storage, lease: HeadLease | None = None) -> None:
+        self.run_dir, self.storage, self.lease = run_dir, storage, lease
         self._copied: dict[str, tuple[int, int]] = {}
 
     def copy(self, patience: float | None = None) -> None:
@@ -48,6 +53,7 @@ class Mirror:
 
         Raises:
             StorageError: the storage is away or full for longer than `patience` (None: its own), or access is denied.
+            StudyError: another head has taken the study over.
             sqlite3.Error: the database is busy for longer than SQLite waits.
         """
         storage = self.storage if patience is None else self.storage.patient(patience)
@@ -58,6 +64,8 @@ class Mirror:
             state = (path.stat().st_mtime_ns, path.stat().st_size)
             if self._copied.get(name) == state:
                 continue
+            if self.lease is not None:
+                self.lease.check(patience)
             if name == DATABASE_FILE:
                 with tempfile.TemporaryDirectory() as folder:
                     storage.upload(snapshot(path, Path(folder) / name), name)
@@ -74,16 +82,17 @@ def snapshot(database: Path, target: Path) -> Path:
 
 
 @contextmanager
-def mirrored(run_dir: Path, storage: Storage | None) -> Iterator[None]:
+def mirrored(run_dir: Path, storage: Storage | None, lease: HeadLease | None = None) -> Iterator[None]:
     """Keep the storage's copy of a study a few seconds behind, and whole at the end; without a storage, nothing.
 
     Raises:
         StorageError: it cannot be written at the start, or not at the end.
+        StudyError: another head has taken the study over; its files stay as they are.
     """
     if storage is None:
         yield
         return
-    mirror, ended = Mirror(run_dir, storage), threading.Event()
+    mirror, ended = Mirror(run_dir, storage, lease), threading.Event()
     mirror.copy()
     thread = threading.Thread(target=_follow, args=(mirror, ended), name="mirror", daemon=True)
     thread.start()
@@ -92,7 +101,7 @@ def mirrored(run_dir: Path, storage: Storage | None) -> Iterator[None]:
     except BaseException:
         _join(thread, ended)
         # Whatever ended the search is what the user must hear of.
-        with suppress(StorageError, sqlite3.Error):
+        with suppress(StorageError, StudyError, sqlite3.Error):
             mirror.copy(SHORT_PATIENCE)
         raise
     _join(thread, ended)
@@ -108,6 +117,9 @@ def _follow(mirror: Mirror, ended: threading.Event) -> None:
         try:
             mirror.copy(SHORT_PATIENCE)
             behind = False
+        except StudyError:
+            # The lease's own thread, or the last copy, says so.
+            return
         except (StorageError, sqlite3.Error) as error:
             if not behind:
                 logger.warning("the study's copy is behind: %s", error)
@@ -136,11 +148,6 @@ def fetch_study(run_dir: Path, storage: Storage) -> None:
         (run_dir / name).unlink(missing_ok=True)
         if name in names:
             storage.download(name, run_dir / name)
-
-
-def sessions(record: Mapping[str, Any] | None) -> int:
-    """How many drivers have worked on the study of this record; 0 where there is none."""
-    return 0 if record is None else int(record.get("sessions", 1))
 
 
 def _parsed(content: bytes | None, origin: str) -> dict[str, Any] | None:

@@ -6,7 +6,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from tuner.lanes.lifeline import Lifeline
 from tuner.lanes.trial import TrialClient
 from tuner.lora.placement import trainable_parameters
 from tuner.outage import Patience
-from tuner.records import FRONT_FILE, STUDY_FILE, Journal, write_json
+from tuner.records import FRONT_FILE, STUDY_FILE, Journal, sessions, write_json
 from tuner.report.html import write_report
 from tuner.report.live import StudyHeader, View
 from tuner.search.adopt import adopt
 from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select
 from tuner.search.driver_lock import only_driver
+from tuner.search.head_lease import HeadLease
 from tuner.search.lane_watch import LaneWatch
 from tuner.search.loggers import make_loggers
 from tuner.search.metrics import MeteredView
@@ -53,19 +55,24 @@ ENDS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialStat
 
 
 def run_search(
-    request: SearchRequest, view: View, resume: bool = False, lost: Callable[[], None] | None = None
+    request: SearchRequest,
+    view: View,
+    resume: bool = False,
+    lost: Callable[[], None] | None = None,
+    lease: HeadLease | None = None,
 ) -> dict[str, Any]:
     """Run (or go on with) a study and write its front and report.
 
     Args:
         lost: called on a thread when the cluster has gone, to end a process that waits for it in vain; None: Ray ends
             it after a minute.
+        lease: on the study in its storage, held for as long as this runs; None: no other head is looked for.
 
     Returns:
         The content of front.json.
 
     Raises:
-        StudyError: the study exists (without `resume`), or no trial could be trained.
+        StudyError: the study exists (without `resume`), no trial could be trained, or another head has taken it over.
         StorageError: the storage is away, full or refuses access; what is on this machine is whole.
         PlacementError, DataError, EncoderError: the request does not fit encoder or data; nothing was started.
         KeyboardInterrupt: interrupted; the study is whole and can be resumed.
@@ -75,11 +82,14 @@ def run_search(
     check_fit(request, spec, store)
     with only_driver(request.run_dir):
         record = open_record(request, spec, store, resume)
+        if lease is not None:
+            lease.sessions = sessions(record)
+        undone = partial(_undone_unless, resume, request, lease)
         try:
             with ExitStack() as copies:
-                with _undone_unless(resume, request):
-                    copies.enter_context(mirrored(request.run_dir, request.study_storage))
-                front = _search(request, record, view, spec, store, resume, Lifeline(lost))
+                with undone():
+                    copies.enter_context(mirrored(request.run_dir, request.study_storage, lease))
+                front = _search(request, record, view, spec, store, undone, Lifeline(lost))
         finally:
             view.close()
     return front
@@ -91,7 +101,7 @@ def _search(
     view: View,
     spec: EncoderSpec,
     store: Store,
-    resume: bool,
+    undone: Callable[[], AbstractContextManager[None]],
     lifeline: Lifeline,
 ) -> dict[str, Any]:
     # The report is drawn while lanes and Ray end: leaving `background` waits for it.
@@ -100,7 +110,7 @@ def _search(
         connected(request.address, request.dashboard) as dashboard_url,
         lifeline.watching(),
     ):
-        with _undone_unless(resume, request):
+        with undone():
             size = size_fleet(request.fleet, request.trials, read_capacity())
             loggers = make_loggers(request.loggers, request.run_dir)
         # Before Ray is up there is nothing to measure with.
@@ -117,13 +127,13 @@ def _search(
 
 
 @contextmanager
-def _undone_unless(resume: bool, request: SearchRequest) -> Iterator[None]:
+def _undone_unless(resume: bool, request: SearchRequest, lease: HeadLease | None) -> Iterator[None]:
     """A new study that cannot start leaves no record: the same command must work with options that fit."""
     try:
         yield
     except TunerError:
         if not resume:
-            discard_record(request)
+            discard_record(request, lease)
         raise
 
 

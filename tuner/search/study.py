@@ -17,10 +17,11 @@ from tuner.errors import StorageError, StudyError
 from tuner.lanes.fleet import FleetOptions
 from tuner.lora.placement import trainable_parameters
 from tuner.outage import Patience
-from tuner.records import STUDY_FILE, read_study, write_json
+from tuner.records import STUDY_FILE, read_study, sessions, write_json
 from tuner.search.confirm import BASELINE, RECOMMENDED
 from tuner.search.database import PatientStorage
-from tuner.search.mirror import SHORT_PATIENCE, fetch_study, sessions
+from tuner.search.head_lease import HeadLease
+from tuner.search.mirror import SHORT_PATIENCE, fetch_study
 from tuner.search.searcher import Objective
 from tuner.space import SearchSpace
 from tuner.storage import Storage
@@ -142,7 +143,9 @@ def resumed_request(run_dir: Path, trials: int | None, storage: Storage | None =
         StudyError: there is no such study, or its record is damaged.
         StorageError: the storage is away, or access is denied.
     """
-    storage = _fetch(run_dir, storage)
+    storage = kept_in(run_dir, storage)
+    if storage is not None:
+        fetch_study(run_dir, storage.at(run_dir.name))
     record = read_study(run_dir)
     try:
         request = _recorded_request(run_dir, record)
@@ -153,16 +156,22 @@ def resumed_request(run_dir: Path, trials: int | None, storage: Storage | None =
     return replace(request, trials=trials or request.trials, storage=storage)
 
 
-def _fetch(run_dir: Path, storage: Storage | None) -> Storage | None:
-    """The storage that a study is kept in, after its files have been brought here."""
-    own = (read_study(run_dir).get("storage") or None) if (run_dir / STUDY_FILE).is_file() else None
-    if storage is None and own is not None:
-        storage = Storage.parse(own)
+def kept_in(run_dir: Path, storage: Storage | None) -> Storage | None:
+    """The storage that an existing study is kept in, if any.
+
+    Args:
+        storage: where it is looked for; None: as the study says itself.
+
+    Raises:
+        StudyError: there is no such study, or its record is damaged.
+        StorageError: the storage is away, or access is denied.
+    """
+    here = storage is None or (run_dir / STUDY_FILE).is_file()
+    own = (read_study(run_dir).get("storage") or None) if here else None
     if storage is None:
-        return None
+        return Storage.parse(own) if own is not None else None
     if storage.uri != own and not storage.at(run_dir.name).exists(STUDY_FILE):
         raise StudyError(f"study {run_dir.name}: not in {storage}; name the --storage that it was started with, if any")
-    fetch_study(run_dir, storage.at(run_dir.name))
     return storage
 
 
@@ -188,7 +197,8 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
     """
     if resume:
         return _reopened(request)
-    check_new(request.run_dir)
+    # Asked before, but minutes may have gone by since: preparing the data, or waiting for another head that began it.
+    check_new(request.run_dir, request.storage)
     counts = {name: len(store.split(name)) for name in ("train", "validation", "test")}
     record = {
         "study": request.study,
@@ -233,11 +243,17 @@ def _reopened(request: SearchRequest) -> dict[str, Any]:
     return record
 
 
-def discard_record(request: SearchRequest) -> None:
-    """Take back `open_record` of a study that could not start; the folder goes too if nothing else is in it."""
+def discard_record(request: SearchRequest, lease: HeadLease | None = None) -> None:
+    """Take back `open_record` of a study that could not start; the folder goes too if nothing else is in it.
+
+    Args:
+        lease: what is in the storage is another head's record if that has taken the study.
+    """
     run_dir = request.run_dir
     if request.study_storage is not None:
-        with suppress(StorageError):
+        with suppress(StorageError, StudyError):
+            if lease is not None:
+                lease.check(SHORT_PATIENCE)
             request.study_storage.patient(SHORT_PATIENCE).remove(STUDY_FILE)
     (run_dir / STUDY_FILE).unlink()
     if not any(run_dir.iterdir()):
