@@ -144,6 +144,9 @@ class Driver:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
         _, left = psutil.wait_procs(below, timeout=30)
         for process in left:
             process.kill()
