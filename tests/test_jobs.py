@@ -20,7 +20,8 @@ from ray.job_submission import JobStatus
 
 from tuner import cli
 from tuner.errors import ConfigError, StudyError
-from tuner.report.live import EpochRow, JsonView, StudyHeader
+from tuner.report.live import JsonView
+from tuner.report.progress import EpochRow, StudyHeader
 from tuner.service import follow, jobs
 from tuner.service.events import EventFeed, read_event
 from tuner.service.jobs import Cluster, connect

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tuner.report.live import EpochRow, JsonView, PlainView, Progress, StudyHeader, View, describe_time, make_view
+from tuner.report.live import JsonView, PlainView, View, make_view
+from tuner.report.progress import EpochRow, Progress, StudyHeader, describe_time
 from tuner.report.terminal import RichView
 
 HEADER = StudyHeader(

@@ -26,7 +26,8 @@ from finished_study import CONFIGS, STUDY, epoch_row, points_of, start_study, wr
 from tuner.errors import ConfigError, StudyError
 from tuner.records import Journal
 from tuner.report.html import write_report
-from tuner.report.live import EpochRow, JsonView, StudyHeader
+from tuner.report.live import JsonView
+from tuner.report.progress import EpochRow, StudyHeader
 from tuner.report.run import read_journal, read_run
 from tuner.report.serve import LOOPBACK, LiveReport
 from tuner.report.watch import WatchedFolder, progress_of

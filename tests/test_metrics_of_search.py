@@ -20,7 +20,7 @@ from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.lanes import metrics as lane_metrics
 from tuner.lanes.metrics import LaneMetrics, LaneTags
 from tuner.pareto import hypervolume
-from tuner.report.live import EpochRow, StudyHeader
+from tuner.report.progress import EpochRow, StudyHeader
 from tuner.search import metrics as search_metrics
 from tuner.search.metrics import MeteredView
 from tuner.train.pack import Pack, PackContext

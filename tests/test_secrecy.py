@@ -22,7 +22,8 @@ from tuner.config import EncoderRef
 from tuner.encoders.registry import inspect_encoder
 from tuner.errors import ConfigError, EncoderError, StudyError
 from tuner.records import JOURNAL_FILE, Journal, check_study_name
-from tuner.report.live import EpochRow, JsonView, PlainView, StudyHeader, make_view
+from tuner.report.live import JsonView, PlainView, make_view
+from tuner.report.progress import EpochRow, StudyHeader
 from tuner.report.terminal import RichView
 from tuner.search.callback import Recorder
 from tuner.service import jobs

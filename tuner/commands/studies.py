@@ -43,7 +43,8 @@ def studies(address: Address) -> None:
 def status(study: Study, address: Address) -> None:
     """Say how far a search is, which trials failed and why, and its front so far."""
     from tuner.commands.inputs import tell
-    from tuner.report.live import Tally, describe_points, describe_time
+    from tuner.report.live import Tally
+    from tuner.report.progress import describe_points, describe_time
     from tuner.service.events import EventFeed
     from tuner.service.jobs import connect
 

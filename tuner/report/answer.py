@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuner.report.live import BASELINE
+from tuner.report.progress import BASELINE
 from tuner.report.run import Run, TrialSummary, metric_of
 
 

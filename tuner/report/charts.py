@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.pareto import hypervolume
 from tuner.report.answer import interval_of
-from tuner.report.live import BASELINE
+from tuner.report.progress import BASELINE
 from tuner.report.run import PARAMETERS, RECOMMENDED, Run, TrialSummary, finite, metric_of, placed
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import yaml
 from tuner.errors import AdapterError, ConfigError, StudyError
 from tuner.records import FRONT_FILE, write_json
 from tuner.report.answer import difference_of, interval_of
-from tuner.report.live import BASELINE
+from tuner.report.progress import BASELINE
 from tuner.report.run import Run, metric_of, placed
 
 # What `tuner.train.export` writes for a trial; the projection alone has no PEFT files.

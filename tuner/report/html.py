@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.records import write_text
 from tuner.report.answer import difference_of, headline, interval_of
 from tuner.report.charts import Spec, all_charts
-from tuner.report.live import BASELINE
+from tuner.report.progress import BASELINE
 from tuner.report.run import RECOMMENDED, Run, metric_of, placed, read_run
 
 if TYPE_CHECKING:

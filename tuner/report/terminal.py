@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tuner.report.live import EpochRow, Progress, StudyHeader, TrialProgress, describe_points, describe_time
+from tuner.report.progress import EpochRow, Progress, StudyHeader, TrialProgress, describe_points, describe_time
 
 STATE_STYLES = {"running": "cyan", "complete": "green", "stopped": "yellow", "failed": "red"}
 # Lines of the terminal taken by everything but the rows of the two tables.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE
-from tuner.report.live import EpochRow, Progress, StudyHeader, describe_points, describe_time
+from tuner.report.progress import EpochRow, Progress, StudyHeader, describe_points, describe_time
 from tuner.report.run import Run, finite, read_journal
 
 

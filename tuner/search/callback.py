@@ -10,7 +10,8 @@ from ray import tune
 
 from tuner.records import Journal
 from tuner.redact import printable, redact
-from tuner.report.live import EpochRow, View
+from tuner.report.live import View
+from tuner.report.progress import EpochRow
 
 # Rewriting the table costs a few milliseconds; more often than this nobody looks.
 TABLE_SECONDS = 5.0

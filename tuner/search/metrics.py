@@ -13,7 +13,8 @@ import numpy as np
 from ray.util.metrics import Gauge
 
 from tuner.pareto import Direction, hypervolume, pareto_front
-from tuner.report.live import EpochRow, StudyHeader, View
+from tuner.report.live import View
+from tuner.report.progress import EpochRow, StudyHeader
 
 STATES = ("running", "complete", "failed", "stopped")
 # The corner that the front's hypervolume is measured from: no recall, at a thousand million trainable parameters.

@@ -30,7 +30,8 @@ from tuner.lora.placement import trainable_parameters
 from tuner.outage import Patience
 from tuner.records import FRONT_FILE, STUDY_FILE, Journal, sessions, write_json
 from tuner.report.html import write_report
-from tuner.report.live import StudyHeader, View
+from tuner.report.live import View
+from tuner.report.progress import StudyHeader
 from tuner.search.adopt import adopt
 from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tuner.redact import printable
-from tuner.report.live import EpochRow, StudyHeader, View
+from tuner.report.live import View
+from tuner.report.progress import EpochRow, StudyHeader
 
 # How Ray's own lines begin in a job's log: of its Python, of its C++, and the stack that this prints when stopped.
 RAY_LINE = re.compile(
