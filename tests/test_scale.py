@@ -139,6 +139,15 @@ def test_one_gpu_takes_the_sum_of_its_trials(record: RecordedSearch, tmp_path: P
     assert parts["driver"] == pytest.approx(0, abs=1e-9)
 
 
+def test_lanes_stay_to_share_the_front(record: RecordedSearch, tmp_path: Path) -> None:
+    plan = Plan(gpus=4, trials=16, epoch_seconds=60, first_node=100, last_node=100)
+    outcome = simulated(record, tmp_path / "four", plan, replace(FREE, confirm_epochs=0.5))
+    stayed = [lane for lane in outcome.lanes if lane.left >= outcome.trials_end]
+    assert len(stayed) == min(plan.gpus, outcome.confirmed)
+    rounds = math.ceil(outcome.confirmed / len(stayed))
+    assert outcome.end - outcome.trials_end == pytest.approx(rounds * 0.5 * 60)
+
+
 def study(folder: Path, name: str = "s") -> list[FrozenTrial]:
     return optuna.load_study(study_name=name, storage=open_storage(folder)).trials
 
