@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import Tiny
 from searches import STUDY
 
 from tuner import cli
@@ -333,6 +334,41 @@ def test_another_heads_record_is_not_discarded(
 
 
 # The command
+
+SUPERSEDED = """
+import sys, threading
+from tuner import cli
+from tuner.search import head_lease, run
+head_lease.RENEW_SECONDS = 0.05
+
+def search_for_ever(*arguments):
+    print("searching", flush=True)
+    threading.Event().wait()
+
+run.run_search = search_for_ever
+cli.main()
+"""
+
+
+def test_a_search_that_was_superseded_ends_whatever_it_waits_for(place: Storage, tiny: Tiny, tmp_path: Path) -> None:
+    """As it would in a call to a cluster that is busy with what another head has begun."""
+    options = ["search", "--data", tiny.store_folder, "--study", "mine", "--storage", place.uri]
+    command = [sys.executable, "-c", SUPERSEDED, *map(str, options)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "searching\n"
+            lease_of(place.at("mine"), ELSEWHERE)._write(place.at("mine"))
+            _, said = process.communicate(timeout=DEADLINE)
+        finally:
+            process.kill()
+    assert process.returncode == 2
+    sentence = (
+        "while this search was away, other-node (pid 41) has taken the study over; it goes on there, so this one ends"
+    )
+    assert said == f"tuner: study mine: {sentence}\n"
+    assert json.loads(place.at("mine").read(LEASE_FILE) or b"")["driver"] == "theirs"
 
 
 def test_a_resumption_is_refused_before_anything_is_brought_here(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -33,7 +34,7 @@ from tuner.lanes.files import LaneFiles
 from tuner.search.adopt import adopt
 from tuner.search.mirror import Mirror, checkpointed, fetch_study, mirrored
 from tuner.search.searcher import Objective, StudySearcher
-from tuner.search.study import check_new, fixed_configurations, resumed_request
+from tuner.search.study import check_new, fixed_configurations, open_record, resumed_request
 from tuner.space import SearchSpace, load_space
 from tuner.storage import PATIENCE_VARIABLE, Storage
 
@@ -533,6 +534,10 @@ def test_a_name_is_taken_in_the_storage_too(storage: Storage, tmp_path: Path) ->
     with pytest.raises(StudyError, match=f"study {STUDY} exists in .*--resume {STUDY} --storage"):
         check_new(tmp_path / STUDY, storage)
     check_new(tmp_path / "another", storage)
+    late: Any = SimpleNamespace(run_dir=tmp_path / STUDY, storage=storage)
+    nothing: Any = None
+    with pytest.raises(StudyError, match=f"study {STUDY} exists in .*--resume {STUDY} --storage"):
+        open_record(late, nothing, nothing, resume=False)
 
 
 def test_an_unnamed_study_gets_the_first_free_name(storage: Storage, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from optuna.trial import TrialState
 from searches import STUDY, Ended, Runs, epochs_of
 
 from tuner.data.remote import upload_store
+from tuner.errors import StudyError
+from tuner.search.head_lease import LEASE_FILE, only_head
 from tuner.search.mirror import fetch_study
 from tuner.storage import PATIENCE_VARIABLE, Storage
 from tuner.train.export import read_card
@@ -62,6 +64,7 @@ class Machine(Runs):
 @dataclass
 class Moved:
     first: Machine
+    refused: StudyError  # to a head that came while the first one was searching
     ended: Ended
     before: list[tuple[str, list[float] | None]]
     front: dict[str, Any]
@@ -75,10 +78,15 @@ def moved(tiny: Tiny, server: BucketServer, tmp_path_factory: pytest.TempPathFac
     first, second = (Machine(tmp_path_factory.mktemp(name), tiny, server.uri("moved")) for name in ("first", "second"))
     options = first.new("--trials", 3, "--epochs", 2)
     options[options.index("--data") + 1] = server.uri("stores/tiny")
-    ended = first.finish(*options)
+    with first.driver(*options) as driver:
+        driver.until(lambda _: first.kept.exists(LEASE_FILE))
+        with pytest.raises(StudyError) as refused, only_head(STUDY, Storage.parse(first.uri), print, print):
+            pass
+        ended = driver.wait()
+    assert ended.code == 0, ended
     before, front = first.values(), first.front()
     second.finish("--resume", STUDY, "--trials", 5, "--storage", second.uri)
-    return Moved(first, ended, before, front, second)
+    return Moved(first, refused.value, ended, before, front, second)
 
 
 def test_a_search_keeps_everything_in_the_bucket(moved: Moved) -> None:
@@ -86,8 +94,14 @@ def test_a_search_keeps_everything_in_the_bucket(moved: Moved) -> None:
     study = {"study.json", "study.db", "journal.jsonl", "trials.parquet", "front.json", "report.html"}
     trials = {f"checkpoints/t{n:04d}.{ending}" for n in range(5) for ending in ("pt", "json")}
     assert study | trials <= set(names)
+    assert LEASE_FILE not in names, "removed at the end"
     for name in study - {"study.db"}:
         assert moved.first.kept.read(name) == (moved.second.study / name).read_bytes(), name
+
+
+def test_another_head_is_kept_off_while_the_first_one_searches(moved: Moved) -> None:
+    """And costs it nothing: the next tests look at what the first one has done."""
+    assert " is searching it in s3://tuner/moved/study; wait for it, or end it first" in str(moved.refused)
 
 
 def test_lanes_write_into_their_own_scratch_and_leave_nothing(moved: Moved) -> None:
@@ -145,6 +159,7 @@ class Hardship:
     away_from: list[tuple[str, int]]
     away_to: list[tuple[str, int]]
     full: Ended
+    resumed: Ended  # the second head, after the first one's kill -9
     journal: list[dict[str, Any]]  # of the first head when its driver was killed
     copied: list[dict[str, Any]]  # what the second head found of it in the bucket
 
@@ -178,8 +193,8 @@ def hardship(tiny: Tiny, server: BucketServer, tmp_path_factory: pytest.TempPath
         else:
             first.kept.write(name, content)
     copied = [json.loads(line) for line in (old["journal.jsonl"] or b"").decode().splitlines()]
-    second.finish("--resume", STUDY, "--storage", second.uri)
-    return Hardship(first, second, away_from, away_to, full, journal, copied)
+    resumed = second.finish("--resume", STUDY, "--storage", second.uri)
+    return Hardship(first, second, away_from, away_to, full, resumed, journal, copied)
 
 
 def test_a_server_that_is_away_for_seconds_costs_seconds(hardship: Hardship) -> None:
@@ -191,6 +206,11 @@ def test_a_server_that_stays_full_ends_the_search_with_a_sentence(hardship: Hard
     assert hardship.full.code == 2, hardship.full
     (said,) = (line for line in hardship.full.err.splitlines() if line.startswith("tuner: "))
     assert "s3://tuner/hard/study/checkpoints/t0001.pt: full, and still so after 12 s; make room there" in said
+
+
+def test_a_killed_driver_of_this_machine_is_not_waited_for(hardship: Hardship) -> None:
+    """Its lease is still there, and is taken over at once."""
+    assert "waiting up to" not in hardship.resumed.err
 
 
 def test_the_storages_copy_was_behind(hardship: Hardship) -> None:
