@@ -541,11 +541,10 @@ def test_a_name_is_taken_in_the_storage_too(storage: Storage, tmp_path: Path) ->
 
 
 def test_an_unnamed_study_gets_the_first_free_name(storage: Storage, tmp_path: Path) -> None:
-    """One that could not start has left an empty folder, in a bucket too, where Arrow makes it."""
+    """One that could not start has left an empty folder, which Arrow makes in S3 too."""
     for folder in ("space", "space-2", "space-3"):
         storage.at(folder).write("driver.json", b"{}")
         storage.at(folder).remove("driver.json")
-    assert storage.folders() == ["space", "space-2", "space-3"]
     storage.at("space").write("study.json", b"{}")
     assert _free_name(tmp_path, storage, "space") == "space-2"
     (tmp_path / "space-2").mkdir()
