@@ -1,4 +1,4 @@
-"""Files in a folder and in a bucket of a real S3 server by one contract; stores, studies and lanes that rely on it."""
+"""Files in a folder and in buckets of an S3 and a GCS server by one contract; stores, studies and lanes that rely on it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import pytest
 from bucket_server import BucketServer, bucket_server
 from conftest import Tiny
+from gcs_server import gcs_server
 from optuna.trial import TrialState
 from searches import STUDY
 
@@ -47,9 +48,22 @@ def server() -> Iterator[BucketServer]:
         yield server
 
 
-@pytest.fixture(params=["folder", "s3"])
-def storage(request: pytest.FixtureRequest, server: BucketServer, tmp_path: Path) -> Storage:
-    return server.storage(tmp_path.name) if request.param == "s3" else Storage.parse(str(tmp_path / "place"))
+@pytest.fixture(scope="module")
+def google() -> Iterator[Callable[[str], Storage]]:
+    with gcs_server() as storage_of:
+        yield storage_of
+
+
+@pytest.fixture(params=["folder", "s3", "gs"])
+def storage(
+    request: pytest.FixtureRequest, server: BucketServer, google: Callable[[str], Storage], tmp_path: Path
+) -> Storage:
+    places = {
+        "folder": lambda: Storage.parse(str(tmp_path / "place")),
+        "s3": lambda: server.storage(tmp_path.name),
+        "gs": lambda: google(tmp_path.name),
+    }
+    return places[request.param]()
 
 
 @pytest.fixture(autouse=True)

@@ -180,6 +180,9 @@ class Storage:
 
     def folders(self) -> list[str]:
         """Names of the folders in it, sorted; raises as `upload`."""
+        if isinstance(self._try("", self._reach), pafs.GcsFileSystem):
+            # There Arrow lists a folder only if it was made as one, and ours are parts of names.
+            return sorted({name.split("/", 1)[0] for name in self.names() if "/" in name})
         found = self._try("", lambda: self._find(recursive=False))
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
 
