@@ -21,7 +21,7 @@ PATIENCE = 60.0
 def gcs_server() -> Iterator[Callable[[str], Storage]]:
     """Yields what makes a storage of a path in its bucket."""
     port = free_port()
-    # A process of its own: Arrow holds the interpreter's lock while it opens a large object, so a thread could not answer.
+    # A process of its own: Arrow keeps the interpreter's lock while it opens a large object; a thread could not answer.
     command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", f"--port={port}"]
     command += ["--in-memory", f"--default-bucket={BUCKET}"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Files in a folder and in buckets of an S3 and a GCS server by one contract; stores, studies and lanes that rely on it."""
+"""Files in a folder and in buckets of S3 and GCS servers by one contract; stores, studies, lanes that rely on it."""
 
 from __future__ import annotations
 
