@@ -296,6 +296,7 @@ def _summary(front: dict[str, Any], request: SearchRequest) -> str:
     from tuner.report.answer import headline
     from tuner.report.run import read_run
 
-    points = sum(point["on_front"] for point in front["points"])
+    count = sum(point["on_front"] for point in front["points"])
+    points = f"{count} point{'' if count == 1 else 's'}"
     lines = headline(read_run(request.run_dir))
-    return "\n".join([*lines, f"{points} points on the front; report: {request.run_dir / 'report.html'}"])
+    return "\n".join([*lines, f"{points} on the front; report: {request.run_dir / 'report.html'}"])
