@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from loopback_host import free_port
 from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_GAUGES  # type: ignore[attr-defined]
 from searches import PATIENCE, STUDY, Driver, read_journal
 
+from tuner.loopback import TOKEN_FILE
+from tuner.search.run import ASKS_FOR_TOKEN
 from tuner.service.grafana import dashboard
 from tuner.service.monitoring import DASHBOARDS, write_monitoring
 
@@ -80,8 +83,8 @@ class Watched:
         return [actor for actor in listed if actor["state"] == "ALIVE"]
 
 
-def _json(url: str) -> Any:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+def _json(url: str, token: str | None = TOKEN) -> Any:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.loads(answer.read())
 
@@ -103,11 +106,16 @@ def watched(tiny: Tiny) -> Iterator[Watched]:
 @contextmanager
 def search(folder: Path, tiny: Tiny) -> Iterator[Driver]:
     """A search that goes on until it is killed, with two adapters in its lane."""
-    environment = os.environ | {
+    token = folder / TOKEN_FILE
+    token.parent.mkdir()
+    token.write_text(TOKEN)
+    # As Ray would have left it.
+    token.chmod(0o644)
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    environment = unset | {
+        "HOME": str(folder),
         "RAY_TMPDIR": str(folder),
         "TUNER_CACHE": str(folder / "cache"),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
         # Ray publishes every ten seconds, which is long for a test, and forgets a gauge after two such times.
         "RAY_metrics_report_interval_ms": "5000",
         "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(folder / "m" / DASHBOARDS),
@@ -242,6 +250,24 @@ def test_grafana_finds_our_dashboard_beside_rays(watched: Watched) -> None:
 
 
 # Ray's own dashboard
+
+
+@pytest.mark.parametrize(("token", "status"), [(None, 401), ("decaf" * 8, 403)])
+def test_the_dashboard_answers_nobody_without_the_users_token(watched: Watched, token: str | None, status: int) -> None:
+    """With it, it does so in all other tests."""
+    for path in ("/api/jobs/", "/api/v0/actors", "/api/train/v2/runs/v1"):
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            _json(watched.ray + path, token)
+        with raised.value as answer:
+            assert answer.code == status
+
+
+def test_a_search_says_how_to_learn_the_token_and_not_the_token(watched: Watched) -> None:
+    lines = (watched.folder / "out").read_text().splitlines(keepends=True)
+    said = [json.loads(line) for line in lines if line.endswith("}\n")]
+    assert [event["text"] for event in said if "token" in event.get("text", "")] == [ASKS_FOR_TOKEN]
+    assert TOKEN not in (watched.folder / "out").read_text() + (watched.folder / "err").read_text()
+    assert stat.S_IMODE((watched.folder / TOKEN_FILE).stat().st_mode) == 0o600
 
 
 def test_actors_say_what_they_are(watched: Watched) -> None:

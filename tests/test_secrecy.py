@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
+import stat
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import huggingface_hub
 import psutil
 import pytest
+import ray
 from conftest import Tiny
 from searches import Runs
 from test_jobs import Head
@@ -21,6 +26,7 @@ from tuner import cli
 from tuner.config import EncoderRef
 from tuner.encoders.registry import inspect_encoder
 from tuner.errors import ConfigError, EncoderError, StudyError
+from tuner.loopback import AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH, TOKEN_FILE, asks_for_token, embedded_ray
 from tuner.records import JOURNAL_FILE, Journal, check_study_name
 from tuner.report.live import JsonView, PlainView, make_view
 from tuner.report.progress import EpochRow, StudyHeader
@@ -280,25 +286,172 @@ def test_a_job_is_not_given_a_folder_of_this_machine(
 # Who can connect
 
 
+AUTHENTICATION = (AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH)
+
+
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A user who has set nothing about tokens and folders; returns the home."""
+    for name in (*AUTHENTICATION, "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
 @pytest.mark.timeout(600)
-def test_a_search_listens_on_loopback_alone(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_search_is_for_its_user_alone(unset: Path, tiny: Tiny) -> None:
     """Ray's servers, its workers, and the process group of a lane of two workers, while they train."""
-    runs = Runs(tmp_path, tiny)
+    runs = Runs(unset, tiny)
     with runs.driver(*runs.new("--trials", 2, "--epochs", 40, "--workers", 2)) as driver:
         driver.until(lambda epochs: len(epochs) > 1)
-        listening = sockets([psutil.Process(driver.process.pid), *driver.descendants()])
-    assert {name.split("::")[0] for name, _ in listening} >= {"gcs_server", "raylet", "ray"}
+        family = [psutil.Process(driver.process.pid), *driver.descendants()]
+        listening = sockets(family)
+        servers = {process.name(): process for process in family if process.name() in ASKED}
+        tokens = {process.environ()[AUTH_TOKEN] for process in servers.values()}
+        (token,) = tokens
+        for server in ASKED:
+            ports = [port for name, _, port in listening if name == server]
+            assert set(answers(server, ports, None)) == {"UNAUTHENTICATED"}
+            assert set(answers(server, ports, "c0ffee" * 10)) == {"UNAUTHENTICATED"}
+        ports = [port for name, _, port in listening if name == "gcs_server"]
+        assert answers("gcs_server", ports, token) == ["OK"]
+        commands = [" ".join(process.cmdline()) for process in driver.descendants()]
+        session = Path(next(part for part in servers["raylet"].cmdline() if "/sockets/raylet" in part).split("=")[-1])
+        (private,) = (folder for folder in session.parents if folder.name == f"tuner-{os.getuid()}")
+        told = [
+            path for path in session.parents[1].rglob("*") if path.is_file() and token.encode() in path.read_bytes()
+        ]
+    assert {name.split("::")[0] for name, _, _ in listening} >= {"gcs_server", "raylet", "ray"}
     assert [entry for entry in listening if entry[1] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")] == []
+    assert not [command for command in commands if token in command]
+    assert told == [] and not (unset / TOKEN_FILE).exists()
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
 
 
-def sockets(processes: list[psutil.Process]) -> list[tuple[str, str]]:
-    """Name of the process and address of each socket that others could connect or write to."""
+# Calls that change nothing, should they be answered.
+ASKED = {"gcs_server": "NodeInfoGcsService/GetAllNodeInfo", "raylet": "NodeManagerService/GetNodeStats"}
+
+
+def answers(server: str, ports: list[int], token: str | None) -> list[str]:
+    """What its ports say to a caller with this token, those that know the call."""
+    said = []
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            try:
+                sent = [("authorization", f"Bearer {token}")] if token else []
+                channel.unary_unary(f"/ray.rpc.{ASKED[server]}")(b"", timeout=60, metadata=sent)
+                said.append("OK")
+            except grpc.RpcError as error:
+                said.append(error.code().name)
+    return [code for code in said if code != "UNIMPLEMENTED"]
+
+
+def sockets(processes: list[psutil.Process]) -> list[tuple[str, str, int]]:
+    """Name of the process, address and port of each socket that others could connect or write to."""
     found = []
     for process in processes:
         try:
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN or (connection.laddr and not connection.raddr):
-                    found.append((process.name(), connection.laddr.ip))
+                    found.append((process.name(), connection.laddr.ip, connection.laddr.port))
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+@pytest.fixture
+def started(unset: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a Ray that is not started would be started with: options, and variables about tokens."""
+    seen: list[dict[str, Any]] = []
+
+    def init(address: str, **options: Any) -> None:
+        seen.append(options | {name: os.environ[name] for name in AUTHENTICATION if name in os.environ})
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(tempfile, "tempdir", str(unset))
+    return seen
+
+
+def test_each_start_has_a_token_of_its_own(started: list[dict[str, Any]], unset: Path) -> None:
+    for _ in range(2):
+        before = dict(os.environ)
+        with embedded_ray():
+            assert dict(os.environ) == before, "processes that a logger starts have no use for it"
+            assert asks_for_token()
+        assert not asks_for_token(), "a cluster that this process joins later may have none"
+    first, second = started
+    assert first[AUTH_MODE] == second[AUTH_MODE] == "token"
+    assert len(first[AUTH_TOKEN]) == 64 and first[AUTH_TOKEN] != second[AUTH_TOKEN]
+    assert not (unset / TOKEN_FILE).exists()
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{AUTH_MODE: "disabled"}, {AUTH_TOKEN: "mine"}, {AUTH_TOKEN_PATH: "/mine"}, {AUTH_MODE: "token", AUTH_TOKEN: "m"}],
+)
+def test_settings_of_the_user_win(
+    started: list[dict[str, Any]],
+    unset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, str],
+    dashboard: bool,
+) -> None:
+    for name, value in (settings | {"RAY_TMPDIR": "/mine"}).items():
+        monkeypatch.setenv(name, value)
+    with embedded_ray(include_dashboard=dashboard):
+        pass
+    assert started == [{"include_dashboard": dashboard, AUTH_MODE: "token"} | settings]
+    assert {name: os.environ[name] for name in AUTHENTICATION if name in os.environ} == settings
+    assert not (unset / TOKEN_FILE).exists()
+
+
+@pytest.mark.parametrize(("mode", "dashboard"), [(None, True), ("token", False)])
+def test_a_token_that_somebody_types_is_kept_from_others(
+    started: list[dict[str, Any]], unset: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, dashboard: bool
+) -> None:
+    if mode:
+        monkeypatch.setenv(AUTH_MODE, mode)
+    file = unset / TOKEN_FILE
+    for _ in range(2):
+        with embedded_ray(include_dashboard=dashboard):
+            pass
+        token = file.read_text()
+        assert len(token) == 64
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        # As Ray itself leaves it.
+        file.chmod(0o644)
+    assert file.read_text() == token
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert all(AUTH_TOKEN not in seen for seen in started)
+
+
+def test_a_token_that_cannot_be_kept_is_one_sentence(
+    started: list[dict[str, Any]],
+    unset: Path,
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is started, and the name of the study stays free."""
+    (unset / ".ray").touch()
+    given = ("--data", tiny.store_folder, "--runs", unset / "runs", "--study", "s")
+    assert run(monkeypatch, "search", *given, "--dashboard") == 2
+    said = capsys.readouterr().err
+    assert ".ray/auth_token: cannot be kept from other users (" in said
+    assert "put a token of your own into RAY_AUTH_TOKEN" in said and said.count("\n") == 1
+    assert started == [] and not list((unset / "runs").rglob("study.json"))
+
+
+@pytest.mark.parametrize("form", ["open to all", "a link"])
+def test_a_folder_that_others_have_made_is_not_taken(started: list[dict[str, Any]], unset: Path, form: str) -> None:
+    folder = unset / f"tuner-{os.getuid()}"
+    if form == "a link":
+        (unset / "theirs").mkdir(mode=0o700)
+        folder.symlink_to("theirs")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"tuner-\d+: is not yours alone; delete it, or"), embedded_ray():
+        pass
+    assert started == []

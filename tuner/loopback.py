@@ -1,22 +1,122 @@
-"""Ray for this machine alone: embedded in this process, with all its servers on loopback.
+"""Ray for this machine and this user alone: embedded in this process, on loopback, behind a token, in a private folder.
 
-Ray runs what it is sent, so whoever reaches one of its ports runs programs as its user.
+Ray runs what it is sent, so whoever comes between its processes runs programs as its user.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from tuner.errors import ConfigError
 
-def start_ray(**options: Any) -> Any:
-    """Start Ray inside this process and return its context; `options` are those of `ray.init`.
+AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+# Of a user's home: where Ray, and whoever calls a cluster, looks for the token unless the environment has it.
+TOKEN_FILE = ".ray/auth_token"
 
-    Never joins a cluster, whatever RAY_ADDRESS says or runs on this machine.
+
+@contextmanager
+def embedded_ray(**options: Any) -> Iterator[Any]:
+    """Run Ray inside this process until the block ends, and yield its context; `options` are those of `ray.init`.
+
+    Never joins a cluster, whatever RAY_ADDRESS says or runs on this machine. Who connects needs its token: one that
+    only its own processes know, or with a dashboard, where somebody has to type it, the user's. What the user has set
+    in RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or RAY_TMPDIR is left as it is.
+
+    Raises:
+        ConfigError: the user's token or Ray's folder cannot be kept from other users.
     """
+    import ray
+
+    try:
+        with environment(_authentication(bool(options.get("include_dashboard")))):
+            _read_authentication()
+            folder = {} if os.environ.get("RAY_TMPDIR") else {"_temp_dir": str(_private_folder() / "ray")}
+            context = _start(folder | options)
+        yield context
+    finally:
+        ray.shutdown()
+        # Where Ray asks for a token anyway, a thread of its own that ends late would end this process without one.
+        if AUTH_MODE not in os.environ:
+            _read_authentication()
+
+
+def asks_for_token() -> bool:
+    """Whether Ray in this process, which runs or is connected, lets in nobody without a token."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    asks: bool = is_token_auth_enabled()
+    return asks
+
+
+def _authentication(dashboard: bool) -> dict[str, str]:
+    """Variables that Ray is to be started with. It passes them on to its processes, whose environment is their user's
+    alone; command lines are for everybody to see."""
+    if os.environ.get(AUTH_MODE, "token").lower() != "token":
+        return {}
+    if AUTH_TOKEN not in os.environ and AUTH_TOKEN_PATH not in os.environ:
+        if not dashboard and AUTH_MODE not in os.environ:
+            return {AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32)}
+        _keep_private(Path.home() / TOKEN_FILE)
+    return {AUTH_MODE: "token"}
+
+
+def _private_folder() -> Path:
+    """Where Ray keeps sockets, logs and code of its workers, in folders that it opens to all: who may put another
+    socket there is whom new workers obey."""
+    folder = Path(tempfile.gettempdir()) / f"tuner-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(f"{folder}: is not yours alone; delete it, or name a folder of yours in RAY_TMPDIR")
+    return folder
+
+
+def _keep_private(file: Path) -> None:
+    """Make the file with the user's token, or take it away from others: Ray would write it for everybody to read."""
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Nobody else may open it from its first moment on.
+            handle, staged = tempfile.mkstemp(dir=file.parent)
+            try:
+                with os.fdopen(handle, "w", encoding="ascii") as out:
+                    out.write(secrets.token_hex(32))
+                # Unlike a renaming, it leaves the token of another search that came first.
+                with suppress(FileExistsError):
+                    os.link(staged, file)
+            finally:
+                Path(staged).unlink()
+        elif file.stat().st_mode & 0o077:
+            file.chmod(0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be kept from other users ({error.strerror}); put a token of your own into {AUTH_TOKEN}"
+        ) from None
+
+
+def _read_authentication() -> None:
+    """Have Ray in this process read anew whether there is a token, and which: it does so once only.
+
+    In this order: what still runs of an earlier Ray ends this process where it is asked for a token that is not there.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _start(options: Mapping[str, Any]) -> Any:
     import ray
     from ray._private import ray_constants
 
@@ -31,6 +131,18 @@ def start_ray(**options: Any) -> Any:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment for the processes that Ray starts; what the user has set wins."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def is_loopback(address: str) -> bool:

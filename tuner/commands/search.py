@@ -55,7 +55,9 @@ MaxGpus = Annotated[int | None, typer.Option(min=1, help="GPUs that this search 
 OffPath = Annotated[
     str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
 ]
-Dashboard = Annotated[bool, typer.Option(help="start the Ray dashboard too, with the embedded Ray (400 MB)")]
+Dashboard = Annotated[
+    bool, typer.Option(help="start the Ray dashboard too, with the embedded Ray (400 MB); it asks for your token")
+]
 ClusterAddress = Annotated[
     str | None,
     typer.Option(help="http://HEAD:8265 to submit there, or a Ray address to join; default: Ray inside this process"),

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from tuner.data.worker import RESULT_SCHEMA, FeatureWorker
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.text import TextSpec
 from tuner.errors import TunerError
-from tuner.loopback import start_ray
+from tuner.loopback import embedded_ray, environment
 
 # An actor pays for its start (torch, 7 s on one core) after about this many batches.
 BATCHES_PER_ACTOR = 16
@@ -84,33 +84,19 @@ def ray_cluster() -> Iterator[int]:
     """
     import ray
 
-    started = not ray.is_initialized()
-    if started:
-        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            with _environment(_QUIET), _held_stderr():
-                store_bytes = OBJECT_STORE_BYTES_PER_CPU * (os.cpu_count() or 1)
-                start_ray(include_dashboard=False, object_store_memory=store_bytes, **quiet)
-    try:
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(**quiet)
+                stack.callback(ray.shutdown)
+            else:
+                with environment(_QUIET), _held_stderr():
+                    store_bytes = OBJECT_STORE_BYTES_PER_CPU * (os.cpu_count() or 1)
+                    local = embedded_ray(include_dashboard=False, object_store_memory=store_bytes, **quiet)
+                    stack.enter_context(local)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield int(resources.get("CPU", 1))
-    finally:
-        if started:
-            ray.shutdown()
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment for the processes that Ray starts; what the user has set wins."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from tuner.lanes.host import host_lane
 from tuner.lanes.lane import LaneConfig
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
 from tuner.lanes.messages import Muster
-from tuner.loopback import start_ray
+from tuner.loopback import embedded_ray
 from tuner.storage import Storage
 
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
@@ -98,14 +98,20 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
     set_lean_memory()
     if address is None:
         options |= {"include_dashboard": dashboard, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+    with _joined(address, options) if address is not None else embedded_ray(**options) as context:
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
+@contextmanager
+def _joined(address: str, options: dict[str, Any]) -> Iterator[Any]:
     try:
-        context = ray.init(address, **options) if address is not None else start_ray(**options)
+        context = ray.init(address, **options)
     except ConnectionError as error:
         raise StudyError(
             f"--address {address}: no Ray cluster answers there ({error}); start one with `ray up`"
         ) from None
     try:
-        yield f"http://{context.dashboard_url}" if context.dashboard_url else None
+        yield context
     finally:
         ray.shutdown()
 

@@ -26,6 +26,7 @@ from tuner.lanes.capacity import read_capacity
 from tuner.lanes.fleet import Fleet, FleetSize, connected, fleet, size_fleet
 from tuner.lanes.lifeline import Lifeline
 from tuner.lanes.trial import TrialClient
+from tuner.loopback import asks_for_token
 from tuner.lora.placement import trainable_parameters
 from tuner.outage import Patience
 from tuner.records import FRONT_FILE, STUDY_FILE, Journal, sessions, write_json
@@ -52,6 +53,8 @@ from tuner.search.study import (
     path_note,
 )
 
+# Not the token itself: what a terminal shows is often kept in a file.
+ASKS_FOR_TOKEN = "Ray's dashboard asks for your token: `ray get-auth-token` prints it"
 ENDS = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
 
@@ -106,17 +109,17 @@ def _search(
     lifeline: Lifeline,
 ) -> dict[str, Any]:
     # The report is drawn while lanes and Ray end: leaving `background` waits for it.
-    with (
-        ThreadPoolExecutor(1) as background,
-        connected(request.address, request.dashboard) as dashboard_url,
-        lifeline.watching(),
-    ):
+    with ThreadPoolExecutor(1) as background, ExitStack() as cluster:
         with undone():
+            dashboard_url = cluster.enter_context(connected(request.address, request.dashboard))
+            cluster.enter_context(lifeline.watching())
             size = size_fleet(request.fleet, request.trials, read_capacity())
             loggers = make_loggers(request.loggers, request.run_dir)
         # Before Ray is up there is nothing to measure with.
         view = MeteredView(view, request.minimise_parameters)
         view.start(_header(request, dashboard_url))
+        if dashboard_url and request.address is None and asks_for_token():
+            view.message(ASKS_FOR_TOKEN)
         if note := path_note(spec):
             view.message(note)
         patience = Patience(view.message)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError, StudyError
+from tuner.loopback import AUTH_TOKEN, AUTH_TOKEN_PATH, TOKEN_FILE
 from tuner.records import check_study_name
 from tuner.redact import holds_secret
 from tuner.service.events import read_event
@@ -30,7 +31,6 @@ RUNNING = ("PENDING", "RUNNING")
 STOP_SECONDS = 60.0
 AGENT_SECONDS = 60.0
 STOP_POLL_SECONDS = 0.2
-TOKEN_FILE = ".ray/auth_token"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _token_header() -> dict[str, str]:
     Raises:
         ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
     """
-    token, path = os.environ.get("RAY_AUTH_TOKEN"), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    token, path = os.environ.get(AUTH_TOKEN), os.environ.get(AUTH_TOKEN_PATH)
     file = Path(path) if path else Path.home() / TOKEN_FILE
     if not token and (path or file.is_file()):
         try:
