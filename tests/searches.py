@@ -145,8 +145,9 @@ class Driver:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()
         for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
+            # Where the output goes into a file, there is none.
+            if pipe is not None:
+                pipe.close()
         _, left = psutil.wait_procs(below, timeout=30)
         for process in left:
             process.kill()

@@ -22,7 +22,7 @@ from tuner.lanes.host import host_lane
 from tuner.lanes.lane import LaneConfig
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
 from tuner.lanes.messages import Muster
-from tuner.loopback import embedded_ray
+from tuner.loopback import embedded_ray, environment
 from tuner.storage import Storage
 
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
@@ -81,24 +81,24 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
         yield None
         return
     # Workers inherit these: no usage ping on the way up, no idle workers before anything is asked for.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
+    variables["RAY_TRAIN_METRICS_ENABLED"] = "0"
     if address is not None or dashboard:
         # Lanes are Train runs of Ray's dashboard then; it costs a process of its own.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+        variables["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"
     if address is None:
         # One machine, ours until the search ends: nobody will preempt it.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     else:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", CLOUD_START_SECONDS)
+        variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = CLOUD_START_SECONDS
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         options["runtime_env"] = {"env_vars": LEAN_MEMORY}
     set_lean_memory()
     if address is None:
         options |= {"include_dashboard": dashboard, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
-    with _joined(address, options) if address is not None else embedded_ray(**options) as context:
+    cluster = _joined(address, options) if address is not None else embedded_ray(**options)
+    with environment(variables), cluster as context:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
