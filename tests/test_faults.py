@@ -30,8 +30,10 @@ pytestmark = pytest.mark.timeout(900)
 TRIALS = 4
 EPOCHS = 20
 CAUGHT = 3  # the epoch after which a trial is disturbed
-# The rest of a trial takes less than a second: the watcher, which cannot be asked, must have looked before it goes on.
-WATCHER_SECONDS = 3.0
+# Ray Train's actor that looks for notices. It is up some seconds after the workers, and the rest of a trial takes less
+# than one: the worker is held until the watcher, which cannot be asked, has looked.
+WATCHER = "PreemptionWatcher"
+LOOK_SECONDS = 1.0
 NOTICE_SECONDS = 600  # longer than the test: who waits for the node's end, waits too long
 
 
@@ -80,14 +82,21 @@ def disturb(cluster: LocalCluster, driver: Driver, fault: str, trial: str, resul
         worker = psutil.Process(lane)
         worker.suspend()
         drain(cluster, node.node_id)
-        time.sleep(WATCHER_SECONDS)
+        until(lambda: cluster.actors(WATCHER), "the watcher of the lane's new workers")
+        time.sleep(LOOK_SECONDS)
         worker.resume()
     result.before[fault] = [e for e in result.runs.journal() if e["event"] == "epoch" and e["trial"] == trial]
     seen = result.before[fault][-1]["row"]["epoch"]
     if fault != "coordinator killed":
-        until(lambda: (moved := cluster.lane_node()) and moved.node_id != node.node_id, f"{fault}: a lane elsewhere")
+        until(lambda: has_moved(cluster, driver, node.node_id), f"{fault}: a lane elsewhere")
     driver.until(lambda epochs: (trial, min(seen + 2, EPOCHS)) in epochs)
     result.nodes[fault] = (node.node_id, cluster.lane_node().node_id)
+
+
+def has_moved(cluster: LocalCluster, driver: Driver, node: str) -> bool:
+    assert driver.process.poll() is None, "the search ended before its lane was elsewhere"
+    now = cluster.lane_node()
+    return now is not None and now.node_id != node
 
 
 def drain(cluster: LocalCluster, node: str) -> None:
