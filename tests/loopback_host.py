@@ -83,9 +83,18 @@ def processes_of(home: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid not in own and process.environ().get("HOME") == str(home):
+            if process.pid not in own and _lives_in(process, home):
                 found.append(process)
     return found
+
+
+def _lives_in(process: psutil.Process, home: Path) -> bool:
+    if process.environ().get("HOME") == str(home):
+        return True
+    # Ray's agents and workers write their titles over their environment; their logs lie beside the home.
+    is_ray = any(part.startswith("ray::") for part in process.cmdline())
+    beside = home.parent.resolve()
+    return is_ray and any(Path(file.path).is_relative_to(beside) for file in process.open_files())
 
 
 def free_port() -> int:

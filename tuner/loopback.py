@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ import psutil
 from tuner.errors import ConfigError
 
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+# For workers to end after their raylet; they take some tenths of a second.
+END_SECONDS = 3.0
 # Of a user's home: where Ray, and whoever calls a cluster, looks for the token unless the environment has it.
 TOKEN_FILE = ".ray/auth_token"
 
@@ -44,10 +47,40 @@ def embedded_ray(**options: Any) -> Iterator[Any]:
             context = _start(folder | options)
         yield context
     finally:
+        workers = _workers()
         ray.shutdown()
+        _see_off(workers)
         # Where Ray asks for a token anyway, a thread of its own that ends late would end this process without one.
         if AUTH_MODE not in os.environ:
             _read_authentication()
+
+
+def _workers() -> list[psutil.Process]:
+    """What the raylet below this process has started."""
+    found = []
+    with suppress(psutil.Error):
+        for raylet in psutil.Process().children():
+            if raylet.name() == "raylet":
+                found += raylet.children(recursive=True)
+    return found
+
+
+def _see_off(workers: list[psutil.Process]) -> None:
+    """Wait until they have ended, which they do when their raylet has, and end those that hang in doing so: now and
+    then one would stay for good, with the 200 MB of its imports."""
+    deadline = time.monotonic() + END_SECONDS
+    while (left := [worker for worker in workers if _runs(worker)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for worker in left:
+        with suppress(psutil.Error):
+            worker.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        # A container's first process may be one that never looks after its orphans.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def asks_for_token() -> bool:

@@ -1,0 +1,59 @@
+"""What is done for the processes of an embedded Ray when it has ended; no Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tuner import loopback
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[psutil.Process]:
+    """A process that lives on, below one with the name of Ray's daemon."""
+    (tmp_path / "raylet").symlink_to("/bin/bash")
+    raylet = subprocess.Popen([tmp_path / "raylet", "-c", "sleep 600 & wait"])
+    try:
+        deadline = time.monotonic() + 30
+        while not (found := psutil.Process(raylet.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield found[0]
+    finally:
+        raylet.kill()
+        raylet.wait()
+        with suppress(psutil.NoSuchProcess):
+            found[0].kill()
+
+
+def test_workers_are_those_below_the_raylet(worker: psutil.Process) -> None:
+    with subprocess.Popen(["sleep", "600"]) as other:
+        assert loopback._workers() == [worker]
+        other.kill()
+
+
+def test_a_worker_that_does_not_end_is_ended(worker: psutil.Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loopback, "END_SECONDS", 0.1)
+    assert loopback._runs(worker)
+    loopback._see_off([worker])
+    deadline = time.monotonic() + 30
+    while loopback._runs(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_workers_that_have_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where nobody has asked how they ended."""
+    monkeypatch.setattr(loopback, "END_SECONDS", 600.0)
+    ended = subprocess.Popen(["true"])
+    process = psutil.Process(ended.pid)
+    loopback._see_off([process])
+    assert process.status() == psutil.STATUS_ZOMBIE
+    ended.wait()
+    loopback._see_off([process])
