@@ -40,7 +40,7 @@ def local_head(environment: dict[str, str] | None = None, log: int | None = subp
         head = subprocess.Popen(command, env={**os.environ, **variables, **(environment or {})}, stdout=log, stderr=log)
         try:
             address = f"http://127.0.0.1:{dashboard}"
-            _wait(head, f"{address}/api/version")
+            until_answered(head, f"{address}/api/version")
             yield address
         finally:
             _end(head)
@@ -55,13 +55,18 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def _wait(head: subprocess.Popen[bytes], url: str) -> None:
+def until_answered(server: subprocess.Popen[bytes], url: str) -> None:
+    """Wait until a server that was just started answers.
+
+    Raises:
+        RuntimeError: it has ended, or is still silent.
+    """
     deadline = time.monotonic() + PATIENCE
-    while head.poll() is None and time.monotonic() < deadline:
+    while server.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=10):
             return
         time.sleep(0.2)
-    raise RuntimeError(f"Ray's dashboard did not come up at {url}")
+    raise RuntimeError(f"nothing came up at {url}")
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

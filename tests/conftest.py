@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,18 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny-qwen")
     reference = EncoderRef(source=str(write_qwen2_audio(folder / "encoder")))
     return Tiny(reference, write_store(folder / "store", reference))
+
+
+def clock_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Give a module a clock that sleeps at once; `on_sleep` is what happens meanwhile."""
+    hand = SimpleNamespace(now=1000.0, on_sleep=lambda: None)
+
+    def sleep(seconds: float) -> None:
+        hand.now += seconds
+        hand.on_sleep()
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: hand.now, sleep=sleep))
+    return hand
 
 
 def write_qwen2_audio(folder: Path) -> Path:

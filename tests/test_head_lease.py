@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Tiny
+from conftest import Tiny, clock_of
 from searches import STUDY
 
 from tuner import cli
@@ -46,15 +46,7 @@ def kept(place: Storage) -> Storage:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that sleeps at once; `on_sleep` is what happens meanwhile."""
-    hand = SimpleNamespace(now=0.0, on_sleep=lambda: None)
-
-    def sleep(seconds: float) -> None:
-        hand.now += seconds
-        hand.on_sleep()
-
-    monkeypatch.setattr(head_lease, "time", SimpleNamespace(sleep=sleep))
-    return hand
+    return clock_of(head_lease, monkeypatch)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.local_cluster import until
 from tuner import loopback
 
 
@@ -20,10 +20,7 @@ def worker(tmp_path: Path) -> Iterator[psutil.Process]:
     (tmp_path / "raylet").symlink_to("/bin/bash")
     raylet = subprocess.Popen([tmp_path / "raylet", "-c", "sleep 600 & wait"])
     try:
-        deadline = time.monotonic() + 30
-        while not (found := psutil.Process(raylet.pid).children()):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        found = until(lambda: psutil.Process(raylet.pid).children(), "a worker")
         yield found[0]
     finally:
         raylet.kill()
@@ -42,10 +39,7 @@ def test_a_worker_that_does_not_end_is_ended(worker: psutil.Process, monkeypatch
     monkeypatch.setattr(loopback, "END_SECONDS", 0.1)
     assert loopback._runs(worker)
     loopback._see_off([worker])
-    deadline = time.monotonic() + 30
-    while loopback._runs(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not loopback._runs(worker), "its end")
 
 
 def test_workers_that_have_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

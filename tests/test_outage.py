@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 import pyarrow.parquet as pq
 import pytest
+from conftest import clock_of
 from optuna.trial import TrialState
 from sqlalchemy import event
 
@@ -36,15 +37,7 @@ CONFIG = TrialConfig().model_dump(mode="json")
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that sleeps at once; `on_sleep` is what happens meanwhile."""
-    hand = SimpleNamespace(now=1000.0, on_sleep=lambda: None)
-
-    def sleep(seconds: float) -> None:
-        hand.now += seconds
-        hand.on_sleep()
-
-    monkeypatch.setattr(outage, "time", SimpleNamespace(monotonic=lambda: hand.now, sleep=sleep))
-    return hand
+    return clock_of(outage, monkeypatch)
 
 
 class SmallDisk(io.FileIO):

@@ -409,7 +409,7 @@ def test_without_a_storage_the_studys_folder_is_used_as_it_is(tmp_path: Path) ->
     path = write(files.checkpoint("t0001"), b"x")
     files.fetch("t0001")
     files.keep("t0001", {})
-    files.keep_adapters(["t0001"])
+    files.keep_adapter("t0001")
     files.close()
     assert files.checkpoint("t0001") == tmp_path / "checkpoints" / "t0001.pt"
     assert [item for item in tmp_path.rglob("*") if item.is_file()] == [path]

@@ -27,13 +27,15 @@ def dry_run(request: SearchRequest, tflops: float | None, json: bool) -> None:
 
 
 def _lines(request: SearchRequest, estimate: Estimate) -> list[tuple[str, str]]:
+    from tuner.report.progress import counted
+
     parts = (
         f"training {_si(estimate.training_flops)} + validation {_si(estimate.validation_flops)} "
         f"+ frozen blocks {_si(estimate.shared_flops)} + confirmation {_si(estimate.confirmation_flops)}"
     )
     each = (estimate.cheapest_trial_flops, estimate.median_trial_flops, estimate.dearest_trial_flops)
     source = "declared with --tflops" if estimate.declared else "an fp32 matrix product, timed here; or say --tflops"
-    fleet = f"{_count(estimate.lanes, 'lane')} of {_count(estimate.workers, 'worker')}"
+    fleet = f"{counted(estimate.lanes, 'lane')} of {counted(estimate.workers, 'worker')}"
     rate = f"{_si(estimate.flops_per_second)}FLOP/s a worker ({source})"
     return [
         (
@@ -64,7 +66,3 @@ def _hours(hours: float) -> str:
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -296,9 +296,9 @@ def parse_objectives(objectives: list[str] | None) -> tuple[str, bool]:
 
 def _summary(front: dict[str, Any], request: SearchRequest) -> str:
     from tuner.report.answer import headline
+    from tuner.report.progress import counted
     from tuner.report.run import read_run
 
-    count = sum(point["on_front"] for point in front["points"])
-    points = f"{count} point{'' if count == 1 else 's'}"
+    points = counted(sum(point["on_front"] for point in front["points"]), "point")
     lines = headline(read_run(request.run_dir))
     return "\n".join([*lines, f"{points} on the front; report: {request.run_dir / 'report.html'}"])

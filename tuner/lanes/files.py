@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +71,10 @@ class LaneFiles:
         # Never read here again: whoever takes the trial up asks the storage.
         self.checkpoint(trial).unlink()
 
-    def keep_adapters(self, trials: Iterable[str]) -> None:
-        """Make exported adapters count; raises as `keep`."""
+    def keep_adapter(self, trial: str) -> None:
+        """Make an exported adapter count; raises as `keep`."""
         if self.storage is not None:
-            for trial in trials:
-                self.storage.upload_folder(self.folder / ADAPTERS / trial, f"{ADAPTERS}/{trial}", last="card.json")
+            self.storage.upload_folder(self.folder / ADAPTERS / trial, f"{ADAPTERS}/{trial}", last="card.json")
 
     def close(self) -> None:
         """Leave nothing on the node."""

@@ -264,7 +264,7 @@ class LaneWorker:
         try:
             self.files.fetch(trial)
             measured = confirm_trial(self.pack, candidate, self.files.folder, self.precision)
-            self.files.keep_adapters([trial])
+            self.files.keep_adapter(trial)
         except (TunerError, RuntimeError) as error:
             self.tell("confirmed", trial, None, str(error) if isinstance(error, TunerError) else first_line(error))
             return

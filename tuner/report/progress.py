@@ -122,4 +122,9 @@ def describe_time(seconds: float | None) -> str:
 
 def describe_points(count: int) -> str:
     """`front 1 point`, `front 3 points`."""
-    return f"front {count} point{'' if count == 1 else 's'}"
+    return f"front {counted(count, 'point')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 point`, `3 points`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

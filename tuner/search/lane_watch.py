@@ -15,6 +15,7 @@ from tuner.lanes.capacity import count_cpus, count_gpus, count_places, node_grou
 from tuner.lanes.fleet import Fleet, FleetSize
 from tuner.lanes.messages import Muster
 from tuner.report.live import View
+from tuner.report.progress import counted
 
 LOOK_SECONDS = 1.0
 # A lane that has a place needs some seconds for its imports; one that is not up after this time waits for others' work.
@@ -90,8 +91,8 @@ class LaneWatch(tune.Callback):
         present = count(map(node_group, present_nodes().values()))
         available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
         free = int(available.get(unit, 0))
-        text = f"waiting for a {unit}: {self._up} of {self.lanes.lanes} lanes are up; the cluster has {present} {unit}"
-        text += "" if present == 1 else "s"
+        text = f"waiting for a {unit}: {self._up} of {self.lanes.lanes} lanes are up; the cluster has "
+        text += counted(present, unit)
         if present:
             text += f", {free} of them free"
         possible = self.size.capacity.possible
