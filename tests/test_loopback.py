@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -14,25 +14,31 @@ from benchmarks.local_cluster import until
 from tuner import loopback
 
 
+@contextmanager
+def child_of(program: Path) -> Iterator[psutil.Process]:
+    """A process that lives on, below one of this name."""
+    program.symlink_to("/bin/bash")
+    parent = subprocess.Popen([program, "-c", "sleep 600 & wait"])
+    try:
+        (child,) = until(lambda: psutil.Process(parent.pid).children(), "a child")
+        yield child
+    finally:
+        for process in psutil.Process(parent.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        parent.kill()
+        parent.wait()
+
+
 @pytest.fixture
 def worker(tmp_path: Path) -> Iterator[psutil.Process]:
-    """A process that lives on, below one with the name of Ray's daemon."""
-    (tmp_path / "raylet").symlink_to("/bin/bash")
-    raylet = subprocess.Popen([tmp_path / "raylet", "-c", "sleep 600 & wait"])
-    try:
-        found = until(lambda: psutil.Process(raylet.pid).children(), "a worker")
-        yield found[0]
-    finally:
-        raylet.kill()
-        raylet.wait()
-        with suppress(psutil.NoSuchProcess):
-            found[0].kill()
+    with child_of(tmp_path / "raylet") as worker:
+        yield worker
 
 
-def test_workers_are_those_below_the_raylet(worker: psutil.Process) -> None:
-    with subprocess.Popen(["sleep", "600"]) as other:
+def test_workers_are_those_below_the_raylet(worker: psutil.Process, tmp_path: Path) -> None:
+    with child_of(tmp_path / "logger"):
         assert loopback._workers() == [worker]
-        other.kill()
 
 
 def test_a_worker_that_does_not_end_is_ended(worker: psutil.Process, monkeypatch: pytest.MonkeyPatch) -> None:
