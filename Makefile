@@ -9,15 +9,16 @@ PROMETHEUS := $(VENV)/prometheus
 .PHONY: help install search test ssh prometheus check bench lock clean
 
 help:
-	@echo "make search   search LoRA configurations on the demo: real speech, embedded Ray"
-	@echo "make test     run the tests"
-	@echo "make check    formatting, lint, types and import layers"
-	@echo "make bench    this search against the documented way, on a share of the demo"
-	@echo "make lock     resolve the dependencies anew"
+	@echo "make search   search LoRA configurations on the demo (real speech, on this machine)"
+	@echo "make test     run all tests"
+	@echo "make check    check formatting, lint, types and import layers"
+	@echo "make bench    compare the speed with Ray Tune and PEFT as documented"
+	@echo "make lock     resolve the dependencies again"
+	@echo "make clean    remove the virtual environment and build files"
 
 install: $(INSTALLED)
 
-# The lock file is complete, so nothing is resolved; the demo's model packages are wanted for their files alone.
+# The lock file is complete, so pip resolves nothing. The demo's model packages are needed for their files only.
 $(INSTALLED): requirements.lock requirements-demo.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"tuner needs Python 3.11 or 3.12, $(PYTHON) is {v[0]}.{v[1]}; run make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "the venv module is missing; run: apt-get install python3-venv" >&2; exit 2; }
@@ -32,14 +33,14 @@ search: install
 test: install ssh prometheus
 	$(BIN)/python -m pytest
 
-# One test brings up a cluster with `ray up` on this machine, by ssh. RUNLEVEL keeps the system's own sshd from starting.
+# One test starts a cluster with `ray up` on this machine, by ssh. RUNLEVEL keeps the system's own sshd from starting.
 ssh:
 	@{ command -v ssh && command -v rsync && test -x /usr/sbin/sshd; } > /dev/null || { \
 		test "$$(id -u)" = 0 || { echo "make test needs sshd and rsync; run: sudo apt-get install openssh-server rsync" >&2; exit 2; }; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
 			apt-get install -y -qq --no-install-recommends openssh-server openssh-client rsync > /dev/null; }
 
-# One test has Debian's own Prometheus scrape a search. Unpacked, not installed: the package would start a server at once.
+# One test lets Debian's Prometheus scrape a search. Unpacked, not installed: the package would start a server at once.
 prometheus: install
 	@command -v prometheus > /dev/null || test -x $(PROMETHEUS)/usr/bin/prometheus || { \
 		rm -rf $(PROMETHEUS).tmp; mkdir -p $(PROMETHEUS).tmp; cd $(PROMETHEUS).tmp; \

@@ -1,13 +1,13 @@
 #!/bin/sh
-# AWS, once: a bucket for studies and stores, and what lets the machines of cluster.yaml use it. Run it after the first
-# `ray up cluster.yaml`, which makes the head's role; that role reads and writes buckets already.
+# AWS, once: create a bucket for studies and stores, and give the machines of cluster.yaml access to it. Run it after the
+# first `ray up cluster.yaml`, which creates the head's role; that role can read and write buckets already.
 #
 #   sh cluster/bucket.sh BUCKET
 set -eu
 bucket=${1:?"usage: sh cluster/bucket.sh BUCKET"}
 
 aws s3 mb "s3://$bucket"
-# Workers reach this bucket and nothing else.
+# Workers may use this bucket and nothing else.
 aws iam create-role --role-name tuner-worker --assume-role-policy-document '{"Version": "2012-10-17", "Statement": [
   {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}'
 aws iam put-role-policy --role-name tuner-worker --policy-name bucket --policy-document '{"Version": "2012-10-17", "Statement": [

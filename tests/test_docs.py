@@ -22,6 +22,8 @@ NAMES = [str(path.relative_to(REPOSITORY)) for path in DOCUMENTS]
 PROGRAMS: dict[str, Any] = {"tuner": typer.main.get_command(cli.app), "ray": ray_cli}
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(tuner|ray) ([^`\n]+)`")
+LONE_OPTION = re.compile(r"`(--[a-z][a-z0-9-]*)[^`\n]*`")
+FILE = re.compile(r"`((?:tuner|tests|benchmarks|cluster|search_spaces|docs)/[\w./-]*\w\.(?:py|yaml|json|sh|md))`")
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]*))?\)")
 
 
@@ -46,10 +48,16 @@ def commands(text: str) -> list[list[str]]:
 def find(program: str, words: list[str]) -> tuple[Any, list[str]]:
     """The command that the words begin with, and the rest of them."""
     command = PROGRAMS[program]
-    while hasattr(command, "commands"):
+    while hasattr(command, "commands") and words[:1] != ["--help"]:
         assert words and words[0] in command.commands, f"{program}: no command {' '.join(words[:1])!r}"
         command, words = command.commands[words[0]], words[1:]
     return command, words
+
+
+def options_of(command: Any) -> set[str]:
+    """Options of a command and of all commands below it."""
+    own = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(options_of(below) for below in getattr(command, "commands", {}).values()))
 
 
 def check(program: str, words: list[str]) -> None:
@@ -75,10 +83,37 @@ def test_options_named_in_the_text_exist(path: Path) -> None:
     for program, rest in INLINE.findall(path.read_text(encoding="utf-8")):
         words = rest.split()
         command, words = find(program, words)
-        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        options = options_of(command)
         for word in words:
             if word.startswith("--"):
                 assert word.partition("=")[0] in options | {"--help"}, f"{path.name}: `{program} {rest}`: {word}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_options_named_alone_exist(path: Path) -> None:
+    known = {option for program in PROGRAMS.values() for option in options_of(program)}
+    # Benchmarks take the parameters of their function `main` as options.
+    benchmarks = " ".join(file.read_text(encoding="utf-8") for file in REPOSITORY.glob("benchmarks/*.py"))
+    words = set(re.findall(r"\w+", benchmarks))
+    named = LONE_OPTION.findall(path.read_text(encoding="utf-8"))
+    assert not [name for name in named if name not in known and name[2:].replace("-", "_") not in words]
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "log.md"], ids=lambda path: path.stem)
+def test_files_named_in_the_text_exist(path: Path) -> None:
+    """The log is dated: it may name what is gone."""
+    assert not [name for name in FILE.findall(path.read_text(encoding="utf-8")) if not (REPOSITORY / name).exists()]
+
+
+def test_decisions_are_complete_and_in_the_index() -> None:
+    folder = REPOSITORY / "docs/decisions"
+    records = sorted(path for path in folder.glob("*.md") if path.name != "README.md")
+    index = re.findall(r"^\| \[(\d{3})\]\((\S+)\) \| (.+) \| .+ \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert [name for _, name, _ in index] == [path.name for path in records]
+    for (number, name, title), path in zip(index, records, strict=True):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# {number}. {title}\n"), name
+        assert re.findall(r"^\*\*(\w+)\.\*\*", text, re.MULTILINE) == ["Context", "Decision", "Consequence"], name
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
