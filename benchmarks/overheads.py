@@ -31,8 +31,8 @@ from tuner.outage import Patience
 from tuner.records import Journal
 from tuner.report.live import JsonView
 from tuner.search.callback import Recorder
+from tuner.search.driver import _Search
 from tuner.search.lane_watch import LaneWatch
-from tuner.search.run import _Search
 from tuner.search.searcher import StudySearcher
 from tuner.search.study import SearchRequest
 
@@ -159,7 +159,7 @@ def hosted_coordinator(name: str) -> Iterator[Any]:
 
 
 def run_without_training(record: RecordedSearch, folder: Path, trials: int, epochs: int, lanes: int = 1) -> DriverTimes:
-    """One search of `tuner.search.run` whose lanes train nothing. Ray must be up."""
+    """One search of `tuner.search.driver` whose lanes train nothing. Ray must be up."""
     name = f"tuner-coordinator:{folder.name}"
     folder.mkdir()
     settings = RunSettings(store=str(folder), encoder=EncoderRef(source=record.spec.source), epochs=epochs)

@@ -32,7 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from tuner.config import OptimSpec, TrialConfig
 from tuner.data.audio import decode, resample
 from tuner.encoders import ctranslate2
-from tuner.train.metrics import retrieve
+from tuner.train.retrieval import retrieve
 
 SAMPLING_RATE = 16_000  # Hz
 MAX_SECONDS = 30.0

@@ -28,7 +28,7 @@ from benchmarks import run
 from benchmarks.local_head import local_head
 from benchmarks.share import make_share
 from tuner.records import JOURNAL_FILE
-from tuner.service.jobs import StudyJob, connect
+from tuner.service.jobs.cluster import StudyJob, connect
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/screenshots"
 TUNER = Path(sys.executable).parent / "tuner"

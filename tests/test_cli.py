@@ -349,7 +349,7 @@ def test_an_interrupt_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    terminal.monkeypatch.setattr("tuner.search.run.run_search", interrupted)
+    terminal.monkeypatch.setattr("tuner.search.driver.run_search", interrupted)
     finished = terminal.run("search", "--data", tiny.store_folder, "--study", "mine", "--runs", "there")
     assert finished.code == 130
     assert finished.err.count("\n") == 1

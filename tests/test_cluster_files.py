@@ -16,8 +16,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tuner import cli
 from tuner.errors import ConfigError
-from tuner.service.cluster_file import check_cluster_file
-from tuner.service.mistakes import Mistake, locked_ray
+from tuner.service.cluster_files.check import check_cluster_file
+from tuner.service.cluster_files.mistakes import Mistake, locked_ray
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAUNCHER = ("cluster.yaml", "cluster/gcp.yaml", "cluster/local.yaml")

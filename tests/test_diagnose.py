@@ -27,8 +27,8 @@ from tuner.diagnose.data import check_data
 from tuner.diagnose.features import check_features
 from tuner.diagnose.findings import Diagnosis, Step
 from tuner.diagnose.forward import check_forward
-from tuner.diagnose.run import diagnose
 from tuner.diagnose.sample import draw_sample
+from tuner.diagnose.steps import diagnose
 from tuner.diagnose.strategy import check_strategy
 from tuner.diagnose.subject import DiagnoseRequest, Sample, Subject
 from tuner.diagnose.whole import whole_model

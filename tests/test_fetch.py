@@ -29,10 +29,10 @@ from tuner import cli
 from tuner.errors import AdapterError, ConfigError, StudyError
 from tuner.report.handover import ADAPTER_FILES, choose_points, files_of, write_handover
 from tuner.report.run import read_journal, read_run
-from tuner.service import bundle, jobs
-from tuner.service.bundle import RECORDS, BundleReader, bundle_lines
-from tuner.service.fetch import ClusterSource, StorageSource
-from tuner.service.jobs import Cluster
+from tuner.service.jobs import bundle
+from tuner.service.jobs.bundle import RECORDS, BundleReader, bundle_lines
+from tuner.service.jobs.cluster import Cluster, connect
+from tuner.service.jobs.fetch import ClusterSource, StorageSource
 from tuner.storage import Storage
 
 FILES = [*RECORDS, *(f"adapters/t0001/{name}" for name in ADAPTER_FILES)]
@@ -356,7 +356,7 @@ def from_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Head
     """Makes a head that of an address, and gives the options to export from it."""
 
     def options(head: Head) -> list[object]:
-        monkeypatch.setattr(jobs, "connect", lambda address: Cluster(head))  # type: ignore[arg-type]
+        monkeypatch.setattr("tuner.service.jobs.cluster.connect", lambda address: Cluster(head))  # type: ignore[arg-type]
         return ["export", STUDY, "--address", "http://head:8265", "--out", tmp_path / "out"]
 
     return options
@@ -417,7 +417,7 @@ def json_start(study: Path) -> str:
 def address(study: Path) -> Iterator[str]:
     """A head whose one search is that of the study: it has said where it is, and ended."""
     with local_head() as address:
-        cluster = jobs.connect(address)
+        cluster = connect(address)
         said = f"print({json_start(study)!r})"
         entrypoint = shlex.join([sys.executable, "-c", said])
         metadata = {"study": STUDY, "space": "attention_only", "encoder": "tiny", "user": "me"}

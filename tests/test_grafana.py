@@ -15,9 +15,9 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tuner import cli
-from tuner.service.grafana import dashboard
-from tuner.service.monitoring import dashboard_json
-from tuner.service.panels import COLUMNS
+from tuner.service.dashboards.grafana import dashboard
+from tuner.service.dashboards.monitoring import dashboard_json
+from tuner.service.dashboards.panels import COLUMNS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PANELS = dashboard()["panels"]

@@ -21,9 +21,9 @@ from searches import STUDY
 
 from tuner import cli
 from tuner.errors import StorageError, StudyError
-from tuner.search import head_lease
-from tuner.search.head_lease import LEASE_FILE, SETTLE_SECONDS, WATCH_SECONDS, Head, HeadLease, only_head
-from tuner.search.mirror import mirrored
+from tuner.search.durable import head_lease
+from tuner.search.durable.head_lease import LEASE_FILE, SETTLE_SECONDS, WATCH_SECONDS, Head, HeadLease, only_head
+from tuner.search.durable.mirror import mirrored
 from tuner.search.study import discard_record
 from tuner.storage import Storage
 
@@ -291,7 +291,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_a_heads_copies_end_where_anothers_begin(
     kept: Storage, run_dir: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.search.mirror.MIRROR_SECONDS", 0.02)
+    monkeypatch.setattr("tuner.search.durable.mirror.MIRROR_SECONDS", 0.02)
     own = lease_of(kept, Head.here())
     own.claim()
     with (
@@ -341,14 +341,15 @@ def test_another_heads_record_is_not_discarded(
 SUPERSEDED = """
 import sys, threading
 from tuner import cli
-from tuner.search import head_lease, run
+from tuner.search import driver
+from tuner.search.durable import head_lease
 head_lease.RENEW_SECONDS = 0.05
 
 def search_for_ever(*arguments):
     print("searching", flush=True)
     threading.Event().wait()
 
-run.run_search = search_for_ever
+driver.run_search = search_for_ever
 cli.main()
 """
 

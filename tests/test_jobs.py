@@ -22,9 +22,9 @@ from tuner import cli
 from tuner.errors import ConfigError, StudyError
 from tuner.report.live import JsonView
 from tuner.report.progress import EpochRow, StudyHeader
-from tuner.service import follow, jobs
-from tuner.service.events import EventFeed, read_event
-from tuner.service.jobs import Cluster, connect
+from tuner.service.jobs import follow
+from tuner.service.jobs.cluster import Cluster, connect
+from tuner.service.jobs.feed import EventFeed, read_event
 
 
 @dataclass
@@ -177,7 +177,7 @@ def test_a_silent_connection_is_asked_after(monkeypatch: pytest.MonkeyPatch) -> 
 def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
     head = Head([], [None])
     head.status = "SUCCEEDED"
-    monkeypatch.setattr(jobs, "connect", lambda address: Cluster(head))  # type: ignore[arg-type]
+    monkeypatch.setattr("tuner.service.jobs.cluster.connect", lambda address: Cluster(head))  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     return head
 

@@ -31,9 +31,9 @@ from tuner.report.progress import EpochRow, StudyHeader
 from tuner.report.run import read_journal, read_run
 from tuner.report.serve import LOOPBACK, LiveReport
 from tuner.report.watch import WatchedFolder, progress_of
-from tuner.service import live_job
-from tuner.service.jobs import Cluster, StudyJob
-from tuner.service.live_job import WatchedJob
+from tuner.service.jobs import live_job
+from tuner.service.jobs.cluster import Cluster, StudyJob
+from tuner.service.jobs.live_job import WatchedJob
 
 TRIALS = 3
 PATIENCE = 120.0  # seconds, on a busy machine

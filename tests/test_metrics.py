@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tuner.train.metrics import retrieve
 from tuner.train.results import BOOTSTRAP_RESAMPLES, DIRECTIONS, Measured, Retrieval, bootstrap, resample
+from tuner.train.retrieval import retrieve
 
 
 def naive(score: np.ndarray, positive: np.ndarray) -> tuple[list[int], list[float]]:

@@ -17,8 +17,8 @@ from conftest import Tiny
 
 from tuner.config import LoraSpec, TrialConfig
 from tuner.encoders.registry import inspect_encoder, load_encoder
-from tuner.lanes import metrics as lane_metrics
-from tuner.lanes.metrics import LaneMetrics, LaneTags
+from tuner.lanes import gauges
+from tuner.lanes.gauges import LaneMetrics, LaneTags
 from tuner.pareto import hypervolume
 from tuner.report.progress import EpochRow, StudyHeader
 from tuner.search import metrics as search_metrics
@@ -80,8 +80,8 @@ class Remembering:
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     registry = Registry()
     monkeypatch.setattr(search_metrics, "Gauge", registry.metric)
-    monkeypatch.setattr(lane_metrics, "Gauge", registry.metric)
-    monkeypatch.setattr(lane_metrics, "Counter", registry.metric)
+    monkeypatch.setattr(gauges, "Gauge", registry.metric)
+    monkeypatch.setattr(gauges, "Counter", registry.metric)
     return registry
 
 
@@ -212,7 +212,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(lane_metrics, "time", clock)
+    monkeypatch.setattr(gauges, "time", clock)
     return clock
 
 

@@ -31,9 +31,9 @@ from ray.dashboard.modules.reporter.reporter_agent import GPU_TAG_KEYS, METRICS_
 from searches import PATIENCE, STUDY, Driver, read_journal
 
 from tuner.loopback import TOKEN_FILE
-from tuner.search.run import ASKS_FOR_TOKEN
-from tuner.service.grafana import dashboard
-from tuner.service.monitoring import DASHBOARDS, write_monitoring
+from tuner.search.driver import ASKS_FOR_TOKEN
+from tuner.service.dashboards.grafana import dashboard
+from tuner.service.dashboards.monitoring import DASHBOARDS, write_monitoring
 
 TOKEN = "c0ffee" * 8
 LANE = f"tuner-lane-{STUDY}-0"

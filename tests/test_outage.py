@@ -29,7 +29,7 @@ from tuner.lanes import lifeline as lifeline_module
 from tuner.lanes.lifeline import Lifeline
 from tuner.outage import Patience
 from tuner.records import Journal
-from tuner.search.driver_lock import only_driver
+from tuner.search.durable.driver_lock import only_driver
 from tuner.search.study import open_storage
 
 CONFIG = TrialConfig().model_dump(mode="json")
@@ -177,7 +177,7 @@ def test_mistakes_are_not_waited_for(tmp_path: Path, clock: SimpleNamespace) -> 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tuner.search.driver_lock import only_driver
+from tuner.search.durable.driver_lock import only_driver
 with only_driver(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -20,7 +20,7 @@ import yaml
 from conftest import Tiny
 from loopback_host import LoopbackHost, free_port, loopback_host
 
-from tuner.service.cluster_file import check_cluster_file
+from tuner.service.cluster_files.check import check_cluster_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STUDY = "far"

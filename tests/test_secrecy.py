@@ -32,9 +32,8 @@ from tuner.report.live import JsonView, PlainView, make_view
 from tuner.report.progress import EpochRow, StudyHeader
 from tuner.report.terminal import RichView
 from tuner.search.callback import Recorder
-from tuner.service import jobs
-from tuner.service.events import EventFeed
-from tuner.service.jobs import Cluster
+from tuner.service.jobs.cluster import Cluster
+from tuner.service.jobs.feed import EventFeed
 
 SECRET = "hunter2hunter2"
 URLS = [f"https://me:{SECRET}@127.0.0.1:9", f"s3://KEY:{SECRET}@bucket/x", f"s3://bucket/x?secret_key={SECRET}"]
@@ -107,7 +106,7 @@ def test_a_hub_that_fails_does_not_tell_its_address(monkeypatch: pytest.MonkeyPa
 def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
     head = Head([], [None])
     head.status = "SUCCEEDED"
-    monkeypatch.setattr(jobs, "connect", lambda address: Cluster(head))  # type: ignore[arg-type]
+    monkeypatch.setattr("tuner.service.jobs.cluster.connect", lambda address: Cluster(head))  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     return head
 

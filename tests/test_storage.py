@@ -32,8 +32,8 @@ from tuner.data.remote import fetch_store, open_store, upload_store
 from tuner.data.store import META_FILE, Store
 from tuner.errors import ConfigError, DataError, StorageError, StudyError, TunerError
 from tuner.lanes.files import LaneFiles
-from tuner.search.adopt import adopt
-from tuner.search.mirror import Mirror, checkpointed, fetch_study, mirrored
+from tuner.search.durable.adopt import adopt
+from tuner.search.durable.mirror import Mirror, checkpointed, fetch_study, mirrored
 from tuner.search.searcher import Objective, StudySearcher
 from tuner.search.study import check_new, fixed_configurations, open_record, resumed_request
 from tuner.space import SearchSpace, load_space
@@ -482,7 +482,7 @@ def test_a_database_is_copied_whole_while_it_is_written(storage: Storage, tmp_pa
 
 
 def test_a_search_is_followed_and_whole_at_its_end(storage: Storage, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("tuner.search.mirror.MIRROR_SECONDS", 0.05)
+    monkeypatch.setattr("tuner.search.durable.mirror.MIRROR_SECONDS", 0.05)
     folder = study_files(tmp_path / "study")
     with mirrored(folder, storage):
         assert storage.exists("study.json"), "before anything is trained"
@@ -491,7 +491,7 @@ def test_a_search_is_followed_and_whole_at_its_end(storage: Storage, tmp_path: P
         while storage.read("front.json") != b"early":
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        monkeypatch.setattr("tuner.search.mirror.MIRROR_SECONDS", 1e6)
+        monkeypatch.setattr("tuner.search.durable.mirror.MIRROR_SECONDS", 1e6)
         write(folder / "front.json", b"last")
     assert storage.read("front.json") == b"last"
 

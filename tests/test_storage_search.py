@@ -19,8 +19,8 @@ from searches import STUDY, Ended, Runs, epochs_of
 
 from tuner.data.remote import upload_store
 from tuner.errors import StudyError
-from tuner.search.head_lease import LEASE_FILE, only_head
-from tuner.search.mirror import fetch_study
+from tuner.search.durable.head_lease import LEASE_FILE, only_head
+from tuner.search.durable.mirror import fetch_study
 from tuner.storage import PATIENCE_VARIABLE, Storage
 from tuner.train.export import read_card
 

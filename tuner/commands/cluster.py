@@ -22,8 +22,8 @@ def check(
 ) -> None:
     """List everything wrong with a cluster file, one sentence a line."""
     from tuner.errors import ConfigError
-    from tuner.service.cluster_file import check_cluster_file
-    from tuner.service.mistakes import locked_ray
+    from tuner.service.cluster_files.check import check_cluster_file
+    from tuner.service.cluster_files.mistakes import locked_ray
 
     mistakes = check_cluster_file(file)
     if not mistakes:
@@ -43,7 +43,7 @@ def monitoring(
     grafana_port: Port = 3000,
 ) -> None:
     """Write the files with which Prometheus and Grafana show this machine's cluster, and say how to start both."""
-    from tuner.service.monitoring import GRAFANA_FILE, LOOPBACK, PROMETHEUS_FILE, write_monitoring
+    from tuner.service.dashboards.monitoring import GRAFANA_FILE, LOOPBACK, PROMETHEUS_FILE, write_monitoring
 
     write_monitoring(folder, ray_temp, prometheus_port, grafana_port)
     where = folder.absolute()

@@ -51,7 +51,7 @@ def diagnose(
 ) -> None:
     """Check machine, data, encoder and LoRA in seven steps; exit code 1 when one of them found an error."""
     from tuner.commands.inputs import check_audio_root, progress_bar
-    from tuner.diagnose.run import diagnose as run_steps
+    from tuner.diagnose.steps import diagnose as run_steps
     from tuner.diagnose.subject import DiagnoseRequest
     from tuner.errors import ConfigError
 

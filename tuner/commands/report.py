@@ -15,7 +15,7 @@ from tuner.commands.options import study_folder
 
 if TYPE_CHECKING:
     from tuner.report.watch import Watched
-    from tuner.service.fetch import ClusterSource, OnBytes, StudySource
+    from tuner.service.jobs.fetch import ClusterSource, OnBytes, StudySource
 
 Study = Annotated[str, typer.Argument(help="name of the study, or its folder")]
 Runs = Annotated[Path, typer.Option(help="folder of studies, with --address that on the head")]
@@ -130,7 +130,7 @@ def send(
     from tuner.records import read_study
     from tuner.report.handover import choose_points, files_of
     from tuner.report.run import read_journal
-    from tuner.service.bundle import RECORDS, bundle_lines
+    from tuner.service.jobs.bundle import RECORDS, bundle_lines
 
     read_study(folder)
     points = choose_points(read_journal(folder), trial or (), best) if adapters else []
@@ -171,7 +171,7 @@ def _quiet(done: int, total: int) -> None:
 
 
 def _source(place: Place, on_bytes: OnBytes = _quiet) -> StudySource:
-    from tuner.service.fetch import StorageSource
+    from tuner.service.jobs.fetch import StorageSource
     from tuner.storage import Storage
 
     if place.storage is not None:
@@ -180,8 +180,8 @@ def _source(place: Place, on_bytes: OnBytes = _quiet) -> StudySource:
 
 
 def _cluster_source(place: Place, on_bytes: OnBytes = _quiet) -> ClusterSource:
-    from tuner.service.fetch import ClusterSource
-    from tuner.service.jobs import connect
+    from tuner.service.jobs.cluster import connect
+    from tuner.service.jobs.fetch import ClusterSource
 
     assert place.address is not None
     on_head = place.runs / place.study if place.runs_given else None
@@ -202,7 +202,7 @@ def _serve(place: Place, port: int) -> None:
 
 def _watched(place: Place) -> Watched:
     from tuner.report.watch import WatchedFolder
-    from tuner.service.live_job import WatchedJob
+    from tuner.service.jobs.live_job import WatchedJob
 
     if place.here:
         return WatchedFolder(place.folder)

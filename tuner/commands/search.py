@@ -199,8 +199,8 @@ def _run(
     """
     from tuner.commands.inputs import say
     from tuner.report.live import make_view
-    from tuner.search.head_lease import only_head
-    from tuner.search.run import run_search
+    from tuner.search.driver import run_search
+    from tuner.search.durable.head_lease import only_head
 
     again = f"tuner search --resume {run_dir.name} --runs {run_dir.parent}"
     again += f" --address {address}" if address else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tuner.service.jobs import Cluster, StudyJob
+    from tuner.service.jobs.cluster import Cluster, StudyJob
 
 Study = Annotated[str, typer.Argument(help="name of the study")]
 Address = Annotated[
@@ -29,7 +29,7 @@ INTERRUPTED = 130
 def studies(address: Address) -> None:
     """List the searches of a cluster, the latest first."""
     from tuner.commands.inputs import tell
-    from tuner.service.jobs import connect
+    from tuner.service.jobs.cluster import connect
 
     rows = [("STUDY", "SPACE", "USER", "STATE", "STARTED (UTC)", "ENCODER")]
     for job in connect(address).studies():
@@ -45,8 +45,8 @@ def status(study: Study, address: Address) -> None:
     from tuner.commands.inputs import tell
     from tuner.report.live import Tally
     from tuner.report.progress import describe_points, describe_time
-    from tuner.service.events import EventFeed
-    from tuner.service.jobs import connect
+    from tuner.service.jobs.cluster import connect
+    from tuner.service.jobs.feed import EventFeed
 
     cluster = connect(address)
     job = cluster.find(study)
@@ -75,7 +75,7 @@ def status(study: Study, address: Address) -> None:
 
 def logs(study: Study, address: Address, json: Json = False) -> None:
     """Follow a search from its first event to its end, wherever it was started."""
-    from tuner.service.jobs import connect
+    from tuner.service.jobs.cluster import connect
 
     cluster = connect(address)
     _follow(cluster, cluster.find(study), address, json)
@@ -84,7 +84,7 @@ def logs(study: Study, address: Address, json: Json = False) -> None:
 def stop(study: Study, address: Address) -> None:
     """End a search; what it has trained is kept, and `tuner search --resume` goes on."""
     from tuner.commands.inputs import tell
-    from tuner.service.jobs import connect
+    from tuner.service.jobs.cluster import connect
 
     cluster = connect(address)
     ended = cluster.stop(cluster.find(study))
@@ -110,7 +110,7 @@ def submit_search(context: typer.Context, address: str, json: bool) -> None:
     """
     from datetime import UTC, datetime
 
-    from tuner.service.jobs import connect
+    from tuner.service.jobs.cluster import connect
     from tuner.space import load_space
 
     options = context.params
@@ -187,7 +187,7 @@ def _check_places(options: dict[str, Any]) -> None:
 def _follow(cluster: Cluster, job: StudyJob, address: str, json: bool) -> None:
     from tuner.commands.inputs import say
     from tuner.report.live import make_view
-    from tuner.service.events import EventFeed
+    from tuner.service.jobs.feed import EventFeed
 
     view = make_view("json" if json else "auto")
     try:

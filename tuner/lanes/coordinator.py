@@ -205,7 +205,7 @@ class Coordinator:
         """Have the lanes confirm a front and wait at most `timeout` seconds for it; asked again, it is not begun again.
 
         Args:
-            trials: `trial`, `origin` and `config` of each, what `tuner.train.confirm.confirm_trial` takes.
+            trials: `trial`, `origin` and `config` of each, what `tuner.train.front_point.confirm_trial` takes.
         """
         deadline = time.monotonic() + timeout
         async with self._changed:

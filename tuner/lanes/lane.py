@@ -22,10 +22,10 @@ from tuner.config import Precision, RunSettings, TrialConfig
 from tuner.errors import StorageError, TrialFailed, TunerError, first_line
 from tuner.lanes.capacity import node_group, present_nodes
 from tuner.lanes.files import LaneFiles
+from tuner.lanes.gauges import LaneMetrics, LaneTags, log_to_stdout
 from tuner.lanes.group import join_group
 from tuner.lanes.guard import Guard, LaneLeaves
 from tuner.lanes.messages import Orders
-from tuner.lanes.metrics import LaneMetrics, LaneTags, log_to_stdout
 from tuner.storage import Storage
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class LaneWorker:
 
     def _confirm(self, candidate: dict[str, Any]) -> None:
         """Rank 0 measures a trial of the front; the other workers of the lane wait at the next broadcast."""
-        from tuner.train.confirm import confirm_trial
+        from tuner.train.front_point import confirm_trial
 
         for trial in list(self.pack.members):
             self.pack.detach(trial)

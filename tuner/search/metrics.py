@@ -1,4 +1,4 @@
-"""A search as metrics of Ray: trials, epochs, recall and front. What a lane knows is in `tuner.lanes.metrics`.
+"""A search as metrics of Ray: trials, epochs, recall and front. What a lane knows is in `tuner.lanes.gauges`.
 
 `MeteredView` stands before the view of a terminal, so it is told the same events, those of a resumed study's past
 included. Labels are bounded: running trials share as many slots as train at once, however many trials a study has.

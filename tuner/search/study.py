@@ -19,9 +19,9 @@ from tuner.lora.placement import trainable_parameters
 from tuner.outage import Patience
 from tuner.records import STUDY_FILE, read_study, sessions, write_json
 from tuner.search.confirm import BASELINE, RECOMMENDED
-from tuner.search.database import PatientStorage
-from tuner.search.head_lease import HeadLease
-from tuner.search.mirror import SHORT_PATIENCE, fetch_study
+from tuner.search.durable.database import PatientStorage
+from tuner.search.durable.head_lease import HeadLease
+from tuner.search.durable.mirror import SHORT_PATIENCE, fetch_study
 from tuner.search.searcher import Objective
 from tuner.space import SearchSpace
 from tuner.storage import Storage

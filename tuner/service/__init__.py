@@ -1,1 +1,1 @@
-"""A search as a service on a cluster: cluster files explained before they cost money."""
+"""A search on a cluster: its jobs, its cluster files, its dashboards, and notices of spot machines."""

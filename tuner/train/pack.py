@@ -25,10 +25,10 @@ from tuner.lora.adapter import activate
 from tuner.lora.path import EncodingPath, check_placement, clips_to_trace, trace_path
 from tuner.train.batches import Batch, epoch_batches, same_pairs, shard, steps_per_epoch
 from tuner.train.member import Member, read_checkpoint
-from tuner.train.metrics import retrieve
 from tuner.train.model import pool_clips
 from tuner.train.prefix import LivePrefix, Prefix, PrefixUse, open_prefix, prefix_use, row_lengths
 from tuner.train.results import Retrieval
+from tuner.train.retrieval import retrieve
 from tuner.train.workers import Workers
 
 EpochRow = dict[str, float]

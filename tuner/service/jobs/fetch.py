@@ -19,9 +19,9 @@ from tuner.errors import ConfigError, StorageError, StudyError
 from tuner.redact import printable
 from tuner.report.handover import choose_points, files_of
 from tuner.report.run import read_journal
-from tuner.service.bundle import RECORDS, BundleReader
-from tuner.service.follow import follow_lines
-from tuner.service.jobs import Cluster
+from tuner.service.jobs.bundle import RECORDS, BundleReader
+from tuner.service.jobs.cluster import Cluster
+from tuner.service.jobs.follow import follow_lines
 from tuner.storage import Storage
 
 OnBytes = Callable[[int, int], None]

@@ -16,7 +16,7 @@ import yaml
 
 from tuner.errors import ConfigError
 from tuner.records import write_text
-from tuner.service.grafana import dashboard
+from tuner.service.dashboards.grafana import dashboard
 
 # As Ray's own: it publishes every ten seconds.
 SCRAPE_INTERVAL = "10s"

@@ -11,9 +11,9 @@ from tuner.errors import StudyError, TunerError
 from tuner.report.live import Tally
 from tuner.report.run import Run, read_journal
 from tuner.report.watch import Status, describe_progress
-from tuner.service.events import EventFeed
-from tuner.service.fetch import StudySource
-from tuner.service.jobs import Cluster, StudyJob
+from tuner.service.jobs.cluster import Cluster, StudyJob
+from tuner.service.jobs.feed import EventFeed
+from tuner.service.jobs.fetch import StudySource
 
 # Fetching takes a job of its own, a few seconds of one core of the head.
 FETCH_SECONDS = 30.0

@@ -33,15 +33,15 @@ from tuner.records import FRONT_FILE, STUDY_FILE, Journal, sessions, write_json
 from tuner.report.html import write_report
 from tuner.report.live import View
 from tuner.report.progress import StudyHeader
-from tuner.search.adopt import adopt
 from tuner.search.callback import Recorder
 from tuner.search.confirm import confirm, select
-from tuner.search.driver_lock import only_driver
-from tuner.search.head_lease import HeadLease
+from tuner.search.durable.adopt import adopt
+from tuner.search.durable.driver_lock import only_driver
+from tuner.search.durable.head_lease import HeadLease
+from tuner.search.durable.mirror import checkpointed, mirrored
 from tuner.search.lane_watch import LaneWatch
 from tuner.search.loggers import make_loggers
 from tuner.search.metrics import MeteredView
-from tuner.search.mirror import checkpointed, mirrored
 from tuner.search.searcher import StudySearcher, trial_id
 from tuner.search.study import (
     SearchRequest,

@@ -21,7 +21,7 @@ from typing import Any
 from tuner.errors import StorageError, StudyError
 from tuner.lanes.files import CHECKPOINTS
 from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, read_study, sessions
-from tuner.search.head_lease import HeadLease
+from tuner.search.durable.head_lease import HeadLease
 from tuner.storage import Storage
 
 DATABASE_FILE, REPORT_FILE = "study.db", "report.html"

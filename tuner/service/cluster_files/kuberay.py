@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tuner.service.mistakes import Mistake, image_mistake, locked_ray, placeholder_mistakes, schema_mistakes
+from tuner.service.cluster_files.mistakes import (
+    Mistake,
+    image_mistake,
+    locked_ray,
+    placeholder_mistakes,
+    schema_mistakes,
+)
 
 Values = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""The Grafana dashboard of a search, made of what `tuner.search.metrics` and `tuner.lanes.metrics` tell Prometheus.
+"""The Grafana dashboard of a search, made of what `tuner.search.metrics` and `tuner.lanes.gauges` tell Prometheus.
 
 `cluster/grafana/tuner.json` is its copy for those who import dashboards by hand; a test holds the two together.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tuner.service.panels import COLUMNS, LINES, Panel, Query
+from tuner.service.dashboards.panels import COLUMNS, LINES, Panel, Query
 
 UID = "tuner"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}

@@ -21,7 +21,7 @@ from tuner.errors import StudyError
 from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE
 from tuner.redact import printable
 from tuner.report.handover import ADAPTER_FILES
-from tuner.service.events import read_event
+from tuner.service.jobs.feed import read_event
 
 RECORDS = (STUDY_FILE, JOURNAL_FILE, FRONT_FILE)
 # A line has up to 64 kB, a message of Ray's log tail about one line.

@@ -21,8 +21,8 @@ from tuner.errors import ConfigError, StudyError
 from tuner.loopback import AUTH_TOKEN, AUTH_TOKEN_PATH, TOKEN_FILE
 from tuner.records import check_study_name
 from tuner.redact import holds_secret
-from tuner.service.events import read_event
-from tuner.service.follow import follow_lines, job_lines
+from tuner.service.jobs.feed import read_event
+from tuner.service.jobs.follow import follow_lines, job_lines
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

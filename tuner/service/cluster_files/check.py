@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tuner.config import read_yaml_documents
 from tuner.errors import ConfigError
-from tuner.service.kuberay import KINDS, kuberay_mistakes
-from tuner.service.launcher import launcher_mistakes
-from tuner.service.mistakes import Mistake
+from tuner.service.cluster_files.kuberay import KINDS, kuberay_mistakes
+from tuner.service.cluster_files.launcher import launcher_mistakes
+from tuner.service.cluster_files.mistakes import Mistake
 
 
 def check_cluster_file(path: Path) -> list[Mistake]:

@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuner.service.mistakes import LOOPBACK, Mistake, image_mistake, locked_ray, placeholder_mistakes, schema_mistakes
+from tuner.service.cluster_files.mistakes import (
+    LOOPBACK,
+    Mistake,
+    image_mistake,
+    locked_ray,
+    placeholder_mistakes,
+    schema_mistakes,
+)
 
 Values = Mapping[str, Any]
 

@@ -1,0 +1,1 @@
+"""Searches as jobs of a Ray cluster: submit, follow, fetch their files."""
