@@ -43,7 +43,7 @@ from tuner.data.store import Store
 from tuner.diagnose.adapter_files import match
 from tuner.diagnose.whole import lora_size, whole_model
 from tuner.encoders.checkpoint import read_json
-from tuner.encoders.qwen2_audio_full import Qwen2AudioFullForward, empty_model
+from tuner.encoders.qwen2_audio.full_forward import Qwen2AudioFullForward, empty_model
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.lora import adapter as lora_adapter

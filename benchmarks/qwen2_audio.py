@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tuner.encoders.checkpoint import INDEX
-from tuner.encoders.qwen2_audio import PARTS
+from tuner.encoders.qwen2_audio.facts import PARTS
 
 # The smaller one has these widths of the 7B model divided by `SHRINK`, so that all ratios between layers stay.
 SHRINK, LAYERS = 8, 4

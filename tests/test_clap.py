@@ -23,7 +23,7 @@ from torch import nn
 from tuner.config import EncoderRef, LoraSpec, TrialConfig
 from tuner.diagnose.features import check_features
 from tuner.diagnose.subject import DiagnoseRequest, Subject
-from tuner.encoders.clap import SAMPLING_RATE
+from tuner.encoders.clap.facts import SAMPLING_RATE
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import DataError, EncoderError

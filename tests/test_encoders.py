@@ -27,7 +27,7 @@ from tuner.encoders.base import AudioEncoder
 from tuner.encoders.checkpoint import fingerprint
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper import WhisperFeatures, silence_level
+from tuner.encoders.whisper.facts import WhisperFeatures, silence_level
 from tuner.errors import DataError, EncoderError
 
 RATE = 16_000

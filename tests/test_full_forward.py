@@ -21,8 +21,8 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from tuner.config import EncoderRef, LoraSpec, Placed
 from tuner.encoders.base import AudioEncoder
-from tuner.encoders.qwen2_audio import PARTS
-from tuner.encoders.qwen2_audio_full import Qwen2AudioFullForward, empty_model
+from tuner.encoders.qwen2_audio.facts import PARTS
+from tuner.encoders.qwen2_audio.full_forward import Qwen2AudioFullForward, empty_model
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import EncoderError

@@ -21,7 +21,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from tuner.config import EncoderRef, LoraSpec, Placed, TrialConfig
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper import silence_level
+from tuner.encoders.whisper.facts import silence_level
 from tuner.errors import AdapterError, EncoderError, PlacementError
 from tuner.lora.placement import resolve_placement, trainable_parameters
 from tuner.train.embed import Clips, embed_files

@@ -25,7 +25,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from tuner.config import EncoderRef, LoraSpec
 from tuner.data.worker import WORK_SCHEMA, FeatureWorker
 from tuner.encoders.packed import empty_tower
-from tuner.encoders.qwen2_audio_tower import Qwen2AudioTower
+from tuner.encoders.qwen2_audio.tower import Qwen2AudioTower
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import EncoderError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.config import EncoderRef
-from tuner.encoders import clap, ctranslate2, glmasr, qwen2_5_omni, qwen2_audio, voxtral, wav2vec2, whisper
+from tuner.encoders import ctranslate2
 from tuner.encoders.checkpoint import (
     CONFIG_PATTERNS,
     INDEX,
@@ -19,8 +19,15 @@ from tuner.encoders.checkpoint import (
     resolve_folder,
     weight_files,
 )
+from tuner.encoders.clap import facts as clap
 from tuner.encoders.family import EncoderSource, Family, FeatureExtractor
+from tuner.encoders.glmasr import facts as glmasr
+from tuner.encoders.qwen2_5_omni import facts as qwen2_5_omni
+from tuner.encoders.qwen2_audio import facts as qwen2_audio
 from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.voxtral import facts as voxtral
+from tuner.encoders.wav2vec2 import facts as wav2vec2
+from tuner.encoders.whisper import facts as whisper
 from tuner.errors import EncoderError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from tuner.encoders.base import AudioEncoder, Hidden
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
-from tuner.encoders.clap import DEFAULTS, PREFIXES
+from tuner.encoders.clap.facts import DEFAULTS, PREFIXES
 from tuner.encoders.packed import Packing
 from tuner.encoders.spec import EncoderSpec
 

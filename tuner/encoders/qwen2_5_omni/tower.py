@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors
 from tuner.encoders.packed import Packing, empty_tower
-from tuner.encoders.qwen2_5_omni import PREFIXES, omni_config
-from tuner.encoders.qwen2_audio_tower import Qwen2AudioTower
+from tuner.encoders.qwen2_5_omni.facts import PREFIXES, omni_config
+from tuner.encoders.qwen2_audio.tower import Qwen2AudioTower
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper import STRIDE
-from tuner.encoders.whisper_tower import NO_DROPOUT
+from tuner.encoders.whisper.facts import STRIDE
+from tuner.encoders.whisper.tower import NO_DROPOUT
 
 
 class OmniTower(Qwen2AudioTower):

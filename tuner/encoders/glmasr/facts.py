@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tuner.encoders.checkpoint import tower_config, weight_files
 from tuner.encoders.family import TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget
-from tuner.encoders.whisper import LARGE_SIZES, WhisperFeatures, in_whisper_names, whisper_spec
+from tuner.encoders.whisper.facts import LARGE_SIZES, WhisperFeatures, in_whisper_names, whisper_spec
 from tuner.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    from tuner.encoders.glmasr_tower import load_glmasr
+    from tuner.encoders.glmasr.tower import load_glmasr
 
     return load_glmasr(spec, dtype, device)
 

@@ -206,7 +206,7 @@ def _read_preprocessor(path: Path, mels: int) -> dict[str, Any]:
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    from tuner.encoders.clap_tower import load_clap
+    from tuner.encoders.clap.tower import load_clap
 
     return load_clap(spec, dtype, device)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.encoders.checkpoint import fingerprint, positive, tower_config, weight_files
 from tuner.encoders.family import PREPROCESSOR, TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
-from tuner.encoders.whisper import WhisperFeatures, whisper_spec
+from tuner.encoders.whisper.facts import WhisperFeatures, whisper_spec
 from tuner.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -139,10 +139,10 @@ def _language_model_stage(source: EncoderSource) -> Stage:
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
     if spec.tower_alone:
-        from tuner.encoders.qwen2_audio_full import load_full_forward
+        from tuner.encoders.qwen2_audio.full_forward import load_full_forward
 
         return load_full_forward(spec, dtype, device)
-    from tuner.encoders.qwen2_audio_tower import load_qwen2_audio
+    from tuner.encoders.qwen2_audio.tower import load_qwen2_audio
 
     return load_qwen2_audio(spec, dtype, device)
 

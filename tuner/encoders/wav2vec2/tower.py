@@ -23,7 +23,7 @@ from tuner.encoders.base import AudioEncoder
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors
 from tuner.encoders.packed import Packing, empty_tower
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.wav2vec2 import PREFIXES
+from tuner.encoders.wav2vec2.facts import PREFIXES
 
 # oneDNN keeps memory for every length that a convolution has met: clips are rounded up to half seconds.
 LENGTH_MULTIPLE = 8000

@@ -17,7 +17,7 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from tuner.encoders.packed import Group, Packing, empty_tower, packed_attention, padded
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.wav2vec2_tower import WaveformEncoder, fill_tower, frozen_config
+from tuner.encoders.wav2vec2.tower import WaveformEncoder, fill_tower, frozen_config
 
 
 class PackedWavLMAttention(WavLMAttention):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
 from tuner.encoders.packed import Packing, empty_tower
-from tuner.encoders.qwen2_audio import DEFAULTS, PREFIXES
+from tuner.encoders.qwen2_audio.facts import DEFAULTS, PREFIXES
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper_tower import NO_DROPOUT, WhisperAudioEncoder
+from tuner.encoders.whisper.tower import NO_DROPOUT, WhisperAudioEncoder
 
 
 class Qwen2AudioTower(WhisperAudioEncoder):

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tuner.encoders.base import AudioEncoder, Hidden
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
 from tuner.encoders.packed import Packing, Rotation, empty_tower
-from tuner.encoders.qwen2_audio import DEFAULTS, PARTS, text_config
-from tuner.encoders.qwen2_audio_tower import Qwen2AudioTower
+from tuner.encoders.qwen2_audio.facts import DEFAULTS, PARTS, text_config
+from tuner.encoders.qwen2_audio.tower import Qwen2AudioTower
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper_tower import NO_DROPOUT
+from tuner.encoders.whisper.tower import NO_DROPOUT
 
 LANGUAGE_MODEL = 1  # stage
 

@@ -24,7 +24,7 @@ from tuner.encoders.base import AudioEncoder
 from tuner.encoders.checkpoint import load_strictly, read_tensors
 from tuner.encoders.packed import Packing, empty_tower
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper import PREFIXES, STRIDE, encoder_config, silence_level
+from tuner.encoders.whisper.facts import PREFIXES, STRIDE, encoder_config, silence_level
 
 # The tower is frozen: its own dropout would only add noise to features that every adapter shares.
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0}

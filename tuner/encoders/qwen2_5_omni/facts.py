@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.encoders.checkpoint import tower_config, weight_files
 from tuner.encoders.family import EncoderSource, Family
-from tuner.encoders.qwen2_audio import DEFAULTS, PAIRS
+from tuner.encoders.qwen2_audio.facts import DEFAULTS, PAIRS
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper import WhisperFeatures, whisper_spec
+from tuner.encoders.whisper.facts import WhisperFeatures, whisper_spec
 from tuner.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    from tuner.encoders.qwen2_5_omni_tower import load_omni
+    from tuner.encoders.qwen2_5_omni.tower import load_omni
 
     return load_omni(spec, dtype, device)
 

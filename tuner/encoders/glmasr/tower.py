@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
-from tuner.encoders.glmasr import DEFAULTS, PREFIXES
+from tuner.encoders.glmasr.facts import DEFAULTS, PREFIXES
 from tuner.encoders.packed import Packing, Rotation, empty_tower
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper_tower import WhisperAudioEncoder
+from tuner.encoders.whisper.tower import WhisperAudioEncoder
 
 
 class GlmAsrTower(WhisperAudioEncoder):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config, weight_files
 from tuner.encoders.family import TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper import LARGE_SIZES, WhisperFeatures, in_whisper_names, whisper_spec
+from tuner.encoders.whisper.facts import LARGE_SIZES, WhisperFeatures, in_whisper_names, whisper_spec
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
     from transformers.models.voxtral.modeling_voxtral import VoxtralEncoder
 
     from tuner.encoders.packed import empty_tower
-    from tuner.encoders.whisper_tower import WhisperAudioEncoder
+    from tuner.encoders.whisper.tower import WhisperAudioEncoder
 
     config = tower_config(read_json(spec.folder / "config.json"), DEFAULTS)
     tower = empty_tower(VoxtralEncoder, VoxtralEncoderConfig(**(config | _NO_DROPOUT)))

@@ -123,10 +123,10 @@ def _convolutions(source: EncoderSource) -> tuple[Window, ...]:
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
     if spec.family == "wavlm":
-        from tuner.encoders.wavlm_tower import load_wavlm
+        from tuner.encoders.wav2vec2.wavlm import load_wavlm
 
         return load_wavlm(spec, dtype, device)
-    from tuner.encoders.wav2vec2_tower import load_wav2vec2
+    from tuner.encoders.wav2vec2.tower import load_wav2vec2
 
     return load_wav2vec2(spec, dtype, device)
 

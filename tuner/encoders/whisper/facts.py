@@ -180,7 +180,7 @@ class WhisperFeatures:
 
 
 def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    from tuner.encoders.whisper_tower import load_whisper
+    from tuner.encoders.whisper.tower import load_whisper
 
     return load_whisper(spec, dtype, device)
 

@@ -1,0 +1,1 @@
+"""wav2vec 2.0, HuBERT and WavLM."""
