@@ -27,7 +27,7 @@ from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.fleet import Fleet, FleetSize
 from tuner.lanes.lane import POLL_SECONDS
 from tuner.lanes.trial import WAIT_SECONDS
-from tuner.outage import Patience
+from tuner.patience import Patience
 from tuner.records import Journal
 from tuner.report.live import JsonView
 from tuner.search.callback import Recorder

@@ -345,6 +345,18 @@ def test_a_full_disk_leaves_no_study(terminal: Terminal, tiny: Tiny) -> None:
     assert "no space left; free some" in message
 
 
+@pytest.mark.parametrize("given", ["abc", "-1", "nan", "inf", "1e300"])
+def test_a_patience_that_means_nothing(terminal: Terminal, tiny: Tiny, given: str) -> None:
+    """Before the data is prepared; a command that waits for nothing does not read it."""
+    terminal.monkeypatch.setenv("TUNER_STORAGE_PATIENCE", given)
+    message = terminal.refused("search", "--data", tiny.store_folder)
+    assert f"TUNER_STORAGE_PATIENCE={given}: give a number of seconds from 0 to 86400" in message
+    assert not (terminal.folder / "runs").exists()
+    message = terminal.refused("report", "mine", "--storage", terminal.folder / "storage")
+    assert f"TUNER_STORAGE_PATIENCE={given}: give a number" in message
+    assert terminal.run("spaces").code == 0
+
+
 def test_an_interrupt_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import subprocess
 import sys
 import threading
@@ -22,12 +21,12 @@ from conftest import clock_of
 from optuna.trial import TrialState
 from sqlalchemy import event
 
-from tuner import outage
+from tuner import patience as patience_module
 from tuner.config import TrialConfig
 from tuner.errors import StudyError
 from tuner.lanes import lifeline as lifeline_module
 from tuner.lanes.lifeline import Lifeline
-from tuner.outage import Patience
+from tuner.patience import PATIENCE_VARIABLE, Patience
 from tuner.records import Journal
 from tuner.search.durable.driver_lock import only_driver
 from tuner.search.study import open_storage
@@ -37,7 +36,7 @@ CONFIG = TrialConfig().model_dump(mode="json")
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    return clock_of(outage, monkeypatch)
+    return clock_of(patience_module, monkeypatch)
 
 
 class SmallDisk(io.FileIO):
@@ -265,8 +264,11 @@ def test_a_search_that_fails_by_itself_keeps_its_own_error(fast: SimpleNamespace
     assert not lost
 
 
-def test_the_patience_can_be_set(tmp_path: Path) -> None:
-    script = "from tuner.outage import PATIENCE_SECONDS; print(PATIENCE_SECONDS)"
-    given = {**os.environ, "TUNER_STORAGE_PATIENCE": "7"}
-    done = subprocess.run([sys.executable, "-c", script], env=given, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "7.0"
+def test_the_patience_can_be_set(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(PATIENCE_VARIABLE, "7")
+    with pytest.raises(StudyError, match="study: the storage has failed for 7 s"):
+        Patience(lambda text: None).outlast(Path("study"), full)
+    assert clock.now == 1007

@@ -16,13 +16,13 @@ import torch
 from conftest import Tiny
 from test_pack import CONFIGS, make_pack, train, weights
 
-from tuner import outage
+from tuner import patience as patience_module
 from tuner.data.store import Store
 from tuner.errors import StudyError, TrialFailed
 from tuner.lanes import guard as guard_module
 from tuner.lanes.files import LaneFiles
 from tuner.lanes.guard import CHECKPOINT_SECONDS, Guard
-from tuner.outage import PATIENCE_SECONDS, Patience
+from tuner.patience import DEFAULT_SECONDS, Patience
 from tuner.train.pack import Pack
 
 TRIALS = list(CONFIGS)
@@ -189,7 +189,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         hand.slept.append(seconds)
         hand.now += seconds
 
-    for module in (outage, guard_module):
+    for module in (patience_module, guard_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: hand.now, sleep=sleep))
     return hand
 
@@ -229,7 +229,7 @@ def test_a_disk_that_is_full_for_a_moment_costs_a_moment(
     assert [method for method, _ in told] == ["note", "note"]
     assert "No space left" in told[0][1]
     assert "is back" in told[1][1]
-    assert clock.slept == [0.5, 1.0, 2.0]
+    assert clock.slept == [0.25, 0.5, 1.0]
 
 
 def test_a_disk_that_stays_full_ends_the_search_with_a_sentence(
@@ -241,7 +241,7 @@ def test_a_disk_that_stays_full_ends_the_search_with_a_sentence(
     assert list((tmp_path / "checkpoints").iterdir()) == [], "nothing half written, which would take space"
     assert told[-1][0] == "fatal"
     assert "t0001.pt: the storage has failed for 120 s" in told[-1][1]
-    assert PATIENCE_SECONDS <= sum(clock.slept) < 1.3 * PATIENCE_SECONDS
+    assert sum(clock.slept) == DEFAULT_SECONDS
 
 
 def test_a_long_epoch_is_kept_within(tiny: Tiny, tmp_path: Path, clock: SimpleNamespace) -> None:

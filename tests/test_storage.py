@@ -32,12 +32,13 @@ from tuner.data.remote import fetch_store, open_store, upload_store
 from tuner.data.store import META_FILE, Store
 from tuner.errors import ConfigError, DataError, StorageError, StudyError, TunerError
 from tuner.lanes.files import LaneFiles
+from tuner.patience import PATIENCE_VARIABLE
 from tuner.search.durable.adopt import adopt
 from tuner.search.durable.mirror import Mirror, checkpointed, fetch_study, mirrored
 from tuner.search.searcher import Objective, StudySearcher
 from tuner.search.study import check_new, fixed_configurations, open_record, resumed_request
 from tuner.space import SearchSpace, load_space
-from tuner.storage import PATIENCE_VARIABLE, Storage
+from tuner.storage import Storage
 
 LARGE = 11 * 1024**2  # three parts of a multipart upload
 

@@ -19,9 +19,10 @@ from searches import STUDY, Ended, Runs, epochs_of
 
 from tuner.data.remote import upload_store
 from tuner.errors import StudyError
+from tuner.patience import PATIENCE_VARIABLE
 from tuner.search.durable.head_lease import LEASE_FILE, only_head
 from tuner.search.durable.mirror import fetch_study
-from tuner.storage import PATIENCE_VARIABLE, Storage
+from tuner.storage import Storage
 from tuner.train.export import read_card
 
 # Several searches share a fixture, and each starts a Ray of its own.

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from tuner.config import LoraSpec, TrialConfig
 from tuner.errors import StudyError
-from tuner.outage import Patience
+from tuner.patience import Patience
 
 STUDY_FILE = "study.json"
 JOURNAL_FILE = "journal.jsonl"

@@ -8,10 +8,8 @@ own tools look for them.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,14 +23,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from tuner.errors import ConfigError, StorageError
+from tuner.patience import Wait, patience_seconds
 from tuner.redact import holds_secret
 from tuner.storage_faults import read_fault
 
 Answer = TypeVar("Answer")
 
-PATIENCE_SECONDS = 120.0
-PATIENCE_VARIABLE = "TUNER_STORAGE_PATIENCE"
-FIRST_DELAY, LONGEST_DELAY = 0.25, 10.0
 CHUNK_BYTES = 16 * 1024**2
 PARTIAL = ".partial"
 SCHEMES = ("file", "s3", "gs", "gcs")
@@ -52,7 +48,7 @@ class Storage:
     Attributes:
         uri: of the whole place, without credentials.
         prefix: the part of it that names are relative to; see `at`.
-        patience: seconds for which a fault is tried again; None: `$TUNER_STORAGE_PATIENCE`, else two minutes.
+        patience: seconds for which a fault is tried again; None: `patience_seconds()`.
     """
 
     uri: str
@@ -243,28 +239,18 @@ class Storage:
 
     def _try(self, name: str, call: Callable[[], Answer]) -> Answer:
         """Call, and again after a fault that may pass. `FileNotFoundError` is an answer, not a fault."""
-        patience = self.patience if self.patience is not None else _patience()
-        deadline, delay = time.monotonic() + patience, FIRST_DELAY
+        wait = Wait(patience_seconds() if self.patience is None else self.patience)
         while True:
             try:
                 return call()
             except OSError as error:
-                fault = read_fault(error, patience)
+                fault = read_fault(error, wait.seconds)
                 if fault is None:
                     raise
-                if not fault.passes or time.monotonic() + delay > deadline:
+                if not fault.passes or wait.over:
                     where = f"{self}/{name}" if name else str(self)
                     raise StorageError(f"{where}: {fault.sentence}") from None
-            time.sleep(delay)
-            delay = min(2 * delay, LONGEST_DELAY)
-
-
-def _patience() -> float:
-    given = os.environ.get(PATIENCE_VARIABLE)
-    try:
-        return float(given) if given else PATIENCE_SECONDS
-    except ValueError:
-        raise ConfigError(f"{PATIENCE_VARIABLE}={given}: give a number of seconds") from None
+            wait.pause()
 
 
 def _make_folder(folder: Path) -> None:

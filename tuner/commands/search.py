@@ -198,10 +198,12 @@ def _run(
         prepare: called when no other head is searching the study: a resumed one is brought here by it.
     """
     from tuner.commands.inputs import say
+    from tuner.patience import patience_seconds
     from tuner.report.live import make_view
     from tuner.search.driver import run_search
     from tuner.search.durable.head_lease import only_head
 
+    patience_seconds()  # A value that means nothing is refused now, not when a disk is full.
     again = f"tuner search --resume {run_dir.name} --runs {run_dir.parent}"
     again += f" --address {address}" if address else ""
     view = make_view("json" if json else "auto")

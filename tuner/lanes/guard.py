@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.errors import TunerError
 from tuner.lanes.files import LaneFiles
-from tuner.outage import Patience
+from tuner.patience import Patience
 
 if TYPE_CHECKING:
     from tuner.train.member import Member

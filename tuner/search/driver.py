@@ -28,7 +28,7 @@ from tuner.lanes.lifeline import Lifeline
 from tuner.lanes.trial import TrialClient
 from tuner.loopback import asks_for_token
 from tuner.lora.placement import trainable_parameters
-from tuner.outage import Patience
+from tuner.patience import Patience
 from tuner.records import FRONT_FILE, STUDY_FILE, Journal, sessions, write_json
 from tuner.report.html import write_report
 from tuner.report.live import View

@@ -16,7 +16,7 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.errors import StorageError, StudyError
 from tuner.lanes.fleet import FleetOptions
 from tuner.lora.placement import trainable_parameters
-from tuner.outage import Patience
+from tuner.patience import Patience
 from tuner.records import STUDY_FILE, read_study, sessions, write_json
 from tuner.search.confirm import BASELINE, RECOMMENDED
 from tuner.search.durable.database import PatientStorage

@@ -11,7 +11,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import OperationalError
 
-from tuner.outage import Patience
+from tuner.patience import Patience
 
 
 class PatientStorage(RDBStorage):
