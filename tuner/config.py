@@ -170,7 +170,7 @@ def read_yaml_documents(path: Path) -> list[Any]:
         ConfigError: the file is missing or is not YAML; names the line.
     """
     try:
-        return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader))
+        return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader))  # noqa: TID251, a SafeLoader
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -92,11 +92,11 @@ def _alone(tower: EncoderSpec) -> WholeModel:
 def _skeleton(folder: Path) -> Mapping[str, Features]:
     import transformers
 
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    config: Any = transformers.AutoConfig.from_pretrained(folder)  # noqa: TID251, values alone
     names = getattr(config, "architectures", None) or ()
     build: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     with torch.device("meta"):
-        model: nn.Module = (build or transformers.AutoModel.from_config)(config)
+        model: nn.Module = (build or transformers.AutoModel.from_config)(config)  # noqa: TID251, no weights
     return {
         name: (module.in_features, module.out_features)
         for name, module in model.named_modules()

@@ -68,7 +68,7 @@ class TextEncoder:
         """
         import torch
         from safetensors import SafetensorError
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel, AutoTokenizer  # noqa: TID251, safely below
 
         self.spec, self.device = spec, device
         self.pooling = _pooling(spec.folder)

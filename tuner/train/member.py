@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import UnpicklingError  # noqa: TID251, torch raises it
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         StudyError: the file is cut off, no checkpoint, or holds what would have to be executed.
     """
     try:
-        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        state: object = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251, tensors alone
     # What torch makes of a damaged file depends on where the damage is.
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
         state = None
