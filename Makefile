@@ -31,7 +31,7 @@ search: install
 	$(BIN)/tuner search --space attention_only
 
 test: install ssh prometheus
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # One test starts a cluster with `ray up` on this machine, by ssh. RUNLEVEL keeps the system's own sshd from starting.
 ssh:

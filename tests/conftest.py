@@ -29,6 +29,15 @@ TEXT_DIM = 8
 MELS = 16
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that are allowed much time come first: of several workers, none is left with a long one at the end."""
+    allowed: dict[Path, float] = {}
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        allowed[item.path] = max(allowed.get(item.path, 0.0), limit.args[0] if limit else 0.0)
+    items.sort(key=lambda item: -allowed[item.path])
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A folder with an encoder, and a store of its features."""
