@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from tuner.pareto import hypervolume
 from tuner.report.progress import EpochRow, StudyHeader
 from tuner.search import metrics as search_metrics
 from tuner.search.metrics import MeteredView
+from tuner.service.dashboards.monitoring import dashboard
 from tuner.train.pack import Pack, PackContext
 from tuner.train.prefix import PrefixUse
 
@@ -34,13 +37,20 @@ class Registry:
     """Ray's gauges and counters by name and labels, and how often each was set."""
 
     values: dict[str, dict[tuple[tuple[str, str], ...], float]] = field(default_factory=dict)
+    scraped: dict[str, set[str]] = field(default_factory=dict)  # labels of each metric, under Prometheus' name for it
     calls: int = 0
 
     def metric(self, name: str, description: str, tag_keys: tuple[str, ...]) -> Remembering:
         assert name.startswith("tuner_")
         assert description
         self.values.setdefault(name, {})
+        self.scraped[f"ray_{name}"] = set(tag_keys)
         return Remembering(self, name, tag_keys)
+
+    def counter(self, name: str, description: str, tag_keys: tuple[str, ...]) -> Remembering:
+        counter = self.metric(name, description, tag_keys)
+        self.scraped[f"ray_{name}_total"] = self.scraped.pop(f"ray_{name}")
+        return counter
 
     def value(self, name: str, **tags: str) -> float:
         """The one value with these labels."""
@@ -81,7 +91,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     registry = Registry()
     monkeypatch.setattr(search_metrics, "Gauge", registry.metric)
     monkeypatch.setattr(gauges, "Gauge", registry.metric)
-    monkeypatch.setattr(gauges, "Counter", registry.metric)
+    monkeypatch.setattr(gauges, "Counter", registry.counter)
     return registry
 
 
@@ -315,3 +325,36 @@ def test_use_of_prefix_caches_is_what_was_read(tiny: Tiny, tmp_path: Path) -> No
     again.embed("t0000", np.arange(clips))
     again.embed("t0000", np.arange(clips))
     assert again.prefix_use == PrefixUse(files=1, made=0, file_bytes=size, read_clips=2 * clips, read_bytes=2 * size)
+
+
+# The dashboard
+
+PANELS = [panel for panel in json.loads(dashboard())["panels"] if panel["type"] != "row"]
+QUERIES = [(panel["title"], target) for panel in PANELS for target in panel["targets"]]
+
+
+@pytest.mark.parametrize(("title", "target"), QUERIES, ids=[title for title, _ in QUERIES])
+def test_the_dashboard_asks_for_what_is_exported(
+    title: str, target: dict[str, str], view: MeteredView, lane: LaneMetrics, registry: Registry
+) -> None:
+    """Metrics by name, and by labels that they have. What Prometheus answers: `test_monitoring`."""
+    expr = target["expr"]
+    asked = re.findall(r"\b(ray_tuner_\w+)\{([^}]*)\}", expr)
+    assert len(asked) == expr.count("ray_tuner_") > 0
+    known = set[str]()
+    for metric, selector in asked:
+        assert metric in registry.scraped
+        assert set(re.findall(r"(\w+)=", selector)) <= registry.scraped[metric]
+        known |= registry.scraped[metric]
+    shown = set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
+    grouped = {
+        label for labels in re.findall(r"\b(?:by|on|group_left) \(([^)]*)\)", expr) for label in labels.split(", ")
+    }
+    assert shown | grouped <= known
+
+
+def test_the_dashboard_lists_studies_of_a_metric_that_is_exported(view: MeteredView, registry: Registry) -> None:
+    (study,) = (item for item in json.loads(dashboard())["templating"]["list"] if item["name"] == "study")
+    matched = re.fullmatch(r"label_values\((\w+), (\w+)\)", study["query"])
+    assert matched is not None
+    assert matched[2] in registry.scraped[matched[1]]

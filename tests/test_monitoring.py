@@ -32,8 +32,7 @@ from searches import PATIENCE, STUDY, Driver, read_journal
 
 from tuner.loopback import TOKEN_FILE
 from tuner.search.driver import ASKS_FOR_TOKEN
-from tuner.service.dashboards.grafana import dashboard
-from tuner.service.dashboards.monitoring import DASHBOARDS, write_monitoring
+from tuner.service.dashboards.monitoring import DASHBOARDS, dashboard, write_monitoring
 
 TOKEN = "c0ffee" * 8
 LANE = f"tuner-lane-{STUDY}-0"
@@ -184,7 +183,8 @@ def declared_gpu() -> Iterator[int]:
         server.shutdown()
 
 
-PANELS = [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+DASHBOARD = json.loads(dashboard())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
 
 
@@ -198,7 +198,7 @@ def test_every_query_of_every_panel_returns_data(title: str, expr: str, watched:
 
 
 def test_the_study_variable_lists_the_study(watched: Watched) -> None:
-    (variable,) = (item for item in dashboard()["templating"]["list"] if item["name"] == "study")
+    (variable,) = (item for item in DASHBOARD["templating"]["list"] if item["name"] == "study")
     assert variable["query"] == "label_values(ray_tuner_trials, study)"
     asked = urllib.parse.urlencode({"match[]": "ray_tuner_trials"})
     values = watched.until(lambda: _json(f"{watched.prometheus}/api/v1/label/study/values?{asked}")["data"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import configparser
 import io
-import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import yaml
 
 from tuner.errors import ConfigError
 from tuner.records import write_text
-from tuner.service.dashboards.grafana import dashboard
 
 # As Ray's own: it publishes every ten seconds.
 SCRAPE_INTERVAL = "10s"
@@ -24,6 +23,7 @@ LOOPBACK = "127.0.0.1"
 PROMETHEUS_FILE = "prometheus.yml"
 GRAFANA_FILE = "grafana/grafana.ini"
 DASHBOARDS = "grafana/dashboards"
+DASHBOARD = "tuner.json"
 
 
 def write_monitoring(folder: Path, ray_temp: Path, prometheus_port: int, grafana_port: int) -> list[Path]:
@@ -42,7 +42,7 @@ def write_monitoring(folder: Path, ray_temp: Path, prometheus_port: int, grafana
         GRAFANA_FILE: _ini(_grafana(folder, grafana_port)),
         "grafana/provisioning/datasources/prometheus.yml": _yaml(_source(prometheus_port)),
         "grafana/provisioning/dashboards/tuner.yml": _yaml(_providers(folder, session)),
-        f"{DASHBOARDS}/tuner.json": dashboard_json(),
+        f"{DASHBOARDS}/{DASHBOARD}": dashboard(),
     }
     try:
         return [_write(folder / name, text) for name, text in files.items()]
@@ -52,9 +52,10 @@ def write_monitoring(folder: Path, ray_temp: Path, prometheus_port: int, grafana
         ) from None
 
 
-def dashboard_json() -> str:
-    """The dashboard as the text of its file."""
-    return json.dumps(dashboard(), indent=2) + "\n"
+def dashboard() -> str:
+    """Grafana's dashboard of a search, as the text of its JSON file, which is the source: edit it in Grafana and export
+    it again."""
+    return resources.files(__package__).joinpath(DASHBOARD).read_text(encoding="utf-8")
 
 
 def _write(path: Path, text: str) -> Path:
