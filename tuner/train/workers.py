@@ -52,8 +52,3 @@ class Workers:
         for gradient in gradients:
             gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
             offset += gradient.numel()
-
-    def barrier(self) -> None:
-        """Wait until every worker is here."""
-        if self.world > 1:
-            dist.barrier()

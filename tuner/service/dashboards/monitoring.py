@@ -26,8 +26,8 @@ DASHBOARDS = "grafana/dashboards"
 DASHBOARD = "tuner.json"
 
 
-def write_monitoring(folder: Path, ray_temp: Path, prometheus_port: int, grafana_port: int) -> list[Path]:
-    """Write the files into `folder`, over those of an earlier call; returns their paths.
+def write_monitoring(folder: Path, ray_temp: Path, prometheus_port: int, grafana_port: int) -> None:
+    """Write the files into `folder`, over those of an earlier call.
 
     Args:
         ray_temp: `--temp-dir` of `ray start`, /tmp/ray unless it was given.
@@ -45,7 +45,9 @@ def write_monitoring(folder: Path, ray_temp: Path, prometheus_port: int, grafana
         f"{DASHBOARDS}/{DASHBOARD}": dashboard(),
     }
     try:
-        return [_write(folder / name, text) for name, text in files.items()]
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / name, text)
     except OSError as error:
         raise ConfigError(
             f"{error.filename or folder}: cannot be written ({error.strerror}); give a folder that can"
@@ -56,12 +58,6 @@ def dashboard() -> str:
     """Grafana's dashboard of a search, as the text of its JSON file, which is the source: edit it in Grafana and export
     it again."""
     return resources.files(__package__).joinpath(DASHBOARD).read_text(encoding="utf-8")
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-    return path
 
 
 def _prometheus(session: Path) -> dict[str, Any]:
