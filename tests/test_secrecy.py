@@ -125,9 +125,7 @@ def test_no_secret_becomes_part_of_a_job(
 
 
 def test_what_a_job_would_show_says_what_to_do(head: Head) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--encoder .*everybody on the cluster could read; leave it away and let the"
-    ):
+    with pytest.raises(ConfigError, match=r"--encoder .*everybody on the cluster could read; drop it and let the"):
         Cluster(head).submit("s", "full", "e", ["--encoder", URLS[0]], None)  # type: ignore[arg-type]
 
 

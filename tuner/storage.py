@@ -278,5 +278,5 @@ def _file_system(uri: str) -> tuple[Any, str]:
         system, path = pafs.FileSystem.from_uri(uri)
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{uri}: not understood ({reason[:200]}); mend the URI") from None
+        raise ConfigError(f"{uri}: not understood ({reason[:200]}); correct the URI") from None
     return system, path.rstrip("/")

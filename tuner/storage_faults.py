@@ -30,7 +30,7 @@ def read_fault(error: OSError, patience: float) -> Fault | None:
     """What is wrong with the storage; None: the file is simply not there."""
     text = " ".join(str(error).split())
     if _TOLD_NO_BUCKET.search(text):
-        return Fault("there is no such bucket; create it, or mend the URI", passes=False)
+        return Fault("there is no such bucket; create it, or correct the URI", passes=False)
     if isinstance(error, FileNotFoundError):
         return None
     if error.errno in _FORBIDDEN or _TOLD_DENIED.search(text):

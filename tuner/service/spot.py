@@ -81,7 +81,7 @@ def _ask(method: str, url: str, headers: dict[str, str]) -> str:
 
 
 def drain_node(address: str, node: str | None, notice: Notice) -> None:
-    """Tell the cluster that a node goes away; Ray takes it off at the notice's end.
+    """Report to the cluster that a node goes away; Ray removes it at the notice's end.
 
     Args:
         address: `host:port` of the head, or `auto`.

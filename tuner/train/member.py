@@ -199,7 +199,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise
         state = None
     if not isinstance(state, dict):
-        raise StudyError(f"{path}: not a checkpoint of tensors and plain values; remove it to train the trial anew")
+        raise StudyError(f"{path}: not a checkpoint of tensors and plain values; remove it to train the trial again")
     return state
 
 

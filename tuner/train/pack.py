@@ -43,7 +43,7 @@ class PackContext:
     store: Store
     settings: RunSettings
     workers: Workers = field(default_factory=Workers)
-    prefix_root: Path | None = None  # None: no cache, the prefix is computed anew at each use
+    prefix_root: Path | None = None  # None: no cache, the prefix is computed again at each use
 
 
 class Pack:

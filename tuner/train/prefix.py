@@ -54,7 +54,7 @@ class Prefix(Protocol):
 
 
 class LivePrefix:
-    """Stem and the blocks below `depth`, run anew for every call."""
+    """Stem and the blocks below `depth`, run again for every call."""
 
     def __init__(self, encoder: AudioEncoder, store: FeatureSource, depth: int) -> None:
         self.encoder, self.store, self.depth = encoder, store, depth
@@ -97,7 +97,7 @@ class CachedPrefix:
         own = np.split(rows, np.cumsum(lengths))[:-1]
         for clip, clip_rows in zip(clips, own, strict=True):
             if os.preadv(self._file, [clip_rows.data], int(self._start_N[clip])) != clip_rows.nbytes:
-                raise DataError(f"{self._path}: shorter than it was; remove its folder, the next run makes it anew")
+                raise DataError(f"{self._path}: shorter than it was; remove its folder, the next run makes it again")
         states_ND = torch.from_numpy(rows).view(self.encoder.dtype).to(self.encoder.device, non_blocking=True)
         return Hidden(states_ND, packing, frame_counts(self.store, clips))
 

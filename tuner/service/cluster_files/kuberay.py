@@ -185,7 +185,7 @@ def _head_mistakes(where: str, head: Values) -> Iterator[Mistake]:
             f"{head['serviceType']} opens the dashboard to the world; write ClusterIP and use `kubectl port-forward`",
         )
     if head.get("enableIngress") is True:
-        yield Mistake(f"{where}.enableIngress", "an ingress opens the dashboard to the world; leave it away")
+        yield Mistake(f"{where}.enableIngress", "an ingress opens the dashboard to the world; drop it")
     if any(_gpus(container) for container in pod["containers"]):
         yield Mistake(
             f"{where}.template", "the head has a GPU that would idle between searches; give GPUs to workers alone"
@@ -225,4 +225,4 @@ def _job_mistakes(spec: Values, clusters: set[str]) -> Iterator[Mistake]:
             "spec.clusterSelector", f"there is no RayCluster {selected} in this file, only {', '.join(clusters)}"
         )
     if selected and spec.get("backoffLimit"):
-        yield Mistake("spec.backoffLimit", "the operator refuses it together with clusterSelector; leave it away")
+        yield Mistake("spec.backoffLimit", "the operator refuses it together with clusterSelector; drop it")

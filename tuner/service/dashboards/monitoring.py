@@ -61,7 +61,7 @@ def dashboard() -> str:
 
 
 def _prometheus(session: Path) -> dict[str, Any]:
-    # Prometheus watches the folder, which is another one after each start of Ray; by default it looks anew after 5 min.
+    # Ray makes another folder at each start, which Prometheus watches; by default it looks again after 5 minutes.
     found = {"files": [str(session / "prom_metrics_service_discovery.json")], "refresh_interval": SCRAPE_INTERVAL}
     return {
         "global": {"scrape_interval": SCRAPE_INTERVAL, "evaluation_interval": SCRAPE_INTERVAL},

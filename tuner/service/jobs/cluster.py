@@ -91,7 +91,7 @@ def _token_header() -> dict[str, str]:
             token = file.read_text(encoding="utf-8").strip()
         except OSError as error:
             raise ConfigError(
-                f"{file}: the token cannot be read ({error.strerror}); mend RAY_AUTH_TOKEN_PATH"
+                f"{file}: the token cannot be read ({error.strerror}); correct RAY_AUTH_TOKEN_PATH"
             ) from None
     return {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -215,7 +215,7 @@ def _refuse_secrets(arguments: Sequence[str]) -> None:
         if holds_secret(value):
             raise ConfigError(
                 f"{option} {value}: holds a password or key, which everybody on the cluster could read; "
-                "leave it away and let the nodes have it in their environment or instance profile"
+                "drop it and let the nodes have it in their environment or instance profile"
             )
 
 

@@ -65,7 +65,7 @@ class _Follower:
             except (OSError, RuntimeError, aiohttp.ClientError):
                 if await asyncio.to_thread(self._forgotten):
                     raise StudyError(
-                        f"job {self.submission_id}: the cluster no longer knows it; its head was started anew"
+                        f"job {self.submission_id}: the cluster no longer knows it; its head was started again"
                     ) from None
                 await asyncio.sleep(RETRY_SECONDS)
 
