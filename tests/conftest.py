@@ -19,6 +19,7 @@ from tuner.data.writer import FeatureWriter, write_captions, write_clips, write_
 from tuner.encoders.registry import inspect_encoder
 
 if TYPE_CHECKING:
+    from scripted_head import Head
     from transformers import WhisperConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -71,6 +72,20 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny-qwen")
     reference = EncoderRef(source=str(write_qwen2_audio(folder / "encoder")))
     return Tiny(reference, write_store(folder / "store", reference))
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
+    """Whom every address leads to; commands run in a folder of their own."""
+    from scripted_head import Head
+
+    from tuner.service.jobs import cluster
+
+    head = Head([], [None])
+    head.status = "SUCCEEDED"
+    monkeypatch.setattr(cluster, "connect", lambda address: cluster.Cluster(head))  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    return head
 
 
 def clock_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:

@@ -10,13 +10,12 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from conftest import Tiny
-from ray.job_submission import JobStatus
+from scripted_head import Head
 
 from tuner import cli
 from tuner.errors import ConfigError, StudyError
@@ -104,43 +103,6 @@ def test_words_are_passed_on_and_the_machinery_is_not() -> None:
 # Following over bad connections
 
 
-class Head:
-    """The part of Ray's client that is used, for one job; each connection tells so many chunks and breaks."""
-
-    def __init__(self, log: list[str], connections: list[int | None]) -> None:
-        self.log, self.connections = log, connections
-        self.status, self.space = "RUNNING", "full"
-        self.submitted: list[dict[str, Any]] = []
-
-    def list_jobs(self) -> list[Any]:
-        metadata = {"study": "s", "space": self.space, "encoder": "whisper-small", "user": "me"}
-        status = SimpleNamespace(value=self.status)
-        other = SimpleNamespace(submission_id=None, metadata=None, status=status, start_time=None)
-        return [other, SimpleNamespace(submission_id="one", metadata=metadata, status=status, start_time=1000)]
-
-    def get_job_status(self, job_id: str) -> JobStatus:
-        return JobStatus(self.status)
-
-    def get_job_logs(self, job_id: str) -> str:
-        return "".join(self.log)
-
-    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        chunks = self.connections.pop(0)
-        for chunk in self.log[:chunks]:
-            yield chunk
-        if chunks is not None:
-            raise ConnectionResetError
-        self.status = "SUCCEEDED"
-
-    def submit_job(self, **given: Any) -> str:
-        self.submitted.append(given)
-        return "one"
-
-    def stop_job(self, job_id: str) -> bool:
-        self.status = "STOPPED"
-        return True
-
-
 def test_every_line_comes_once_however_often_the_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks end in the middle of lines, connections break, and each new one tells everything again."""
     monkeypatch.setattr(follow, "RETRY_SECONDS", 0.0)
@@ -171,15 +133,6 @@ def test_a_silent_connection_is_asked_after(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # Submitting
-
-
-@pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
-    head = Head([], [None])
-    head.status = "SUCCEEDED"
-    monkeypatch.setattr("tuner.service.jobs.cluster.connect", lambda address: Cluster(head))  # type: ignore[arg-type]
-    monkeypatch.chdir(tmp_path)
-    return head
 
 
 def tuner(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -19,8 +19,8 @@ import psutil
 import pytest
 import ray
 from conftest import Tiny
+from scripted_head import Head
 from searches import Runs
-from test_jobs import Head
 
 from tuner import cli
 from tuner.config import EncoderRef
@@ -100,15 +100,6 @@ def test_a_hub_that_fails_does_not_tell_its_address(monkeypatch: pytest.MonkeyPa
     with pytest.raises(EncoderError, match="the hub did not deliver it") as raised:
         inspect_encoder(EncoderRef(source="openai/whisper-tiny"))
     assert SECRET not in str(raised.value)
-
-
-@pytest.fixture
-def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
-    head = Head([], [None])
-    head.status = "SUCCEEDED"
-    monkeypatch.setattr("tuner.service.jobs.cluster.connect", lambda address: Cluster(head))  # type: ignore[arg-type]
-    monkeypatch.chdir(tmp_path)
-    return head
 
 
 @pytest.mark.parametrize("url", URLS)
