@@ -201,7 +201,7 @@ def test_a_target_that_the_encoder_lacks(terminal: Terminal, tiny: Tiny) -> None
         terminal.folder, dimensions=dimensions, target_sets={**SPACE["target_sets"], "gated": ["gate_proj"]}
     )
     for command in (["search", "--data", tiny.store_folder, "--space"], ["spaces", "show"]):
-        assert "have no 'gate_proj'; there are q_proj" in terminal.refused(*command, space)
+        assert "have no 'gate_proj'; they have q_proj" in terminal.refused(*command, space)
 
 
 # Data and encoders
@@ -440,7 +440,7 @@ def test_an_adapter_that_does_not_fit(
 def test_a_folder_that_is_no_adapter(terminal: Terminal, tiny: Tiny) -> None:
     (terminal.folder / "empty").mkdir()
     for folder in ("empty", "missing"):
-        assert "no card.json" in terminal.refused("evaluate", folder, "--data", tiny.store_folder)
+        assert "has no card.json" in terminal.refused("evaluate", folder, "--data", tiny.store_folder)
 
 
 def test_an_unknown_split(terminal: Terminal, trained: Trained, tiny: Tiny) -> None:
@@ -520,7 +520,7 @@ def test_a_search_that_cannot_work_is_refused(
 
 def test_an_encoder_without_a_language_model_is_refused(terminal: Terminal, tiny: Tiny) -> None:
     search = ("search", "--data", tiny.store_folder)
-    said = "has no language model that could be adapted; give tower instead of language_model"
+    said = "has no language model to adapt; give tower instead of language_model"
     assert said in terminal.refused(*search, "--placement", "language_model")
     assert said in terminal.refused(*search, "--space", "placement")
     assert "it has no path full_forward" in terminal.refused(*search, "--path", "full_forward")

@@ -138,7 +138,7 @@ def test_the_json_is_stable(tiny: Tiny) -> None:
         (
             lambda patch: patch.setattr(environment, "LIBRARIES", ("torch", "nonesuch")),
             "error",
-            "nonesuch not installed",
+            "not installed: nonesuch",
         ),
         (lambda patch: patch.setattr(environment, "MIN_MEMORY", 2**60), "warning", "memory available"),
         (lambda patch: patch.setattr(environment, "MIN_DISK", 2**60), "warning", "TUNER_CACHE"),
@@ -206,7 +206,7 @@ def test_a_repeated_sound_and_shared_captions_are_notes(copied: Tiny) -> None:
     step = data_step(copied, change_features(copied.store_folder, repeat))
     assert step.state == "ok" and (step.values["duplicates"], step.values["leaks"]) == (1, 0)
     notes = " ".join(said(step, "note"))
-    assert "in the same split: 1" in notes and "captions occur in more than one split" in notes
+    assert "of their split: 1" in notes and "captions are in more than one split" in notes
 
 
 @pytest.mark.parametrize(("silent", "level"), [(60, "error"), (2, "warning")])
@@ -298,7 +298,7 @@ def test_a_damaged_checkpoint_leaves_the_rest_to_say_what_it_can(tiny: Tiny, tmp
         "backward": "skipped",
         "strategy": "ok",
     }
-    assert [step.skipped for step in found.steps[4:6]] == ["there is no loaded encoder (step 3)"] * 2
+    assert [step.skipped for step in found.steps[4:6]] == ["the encoder is not loaded (step 3)"] * 2
     assert "damaged safetensors file" in said(found.steps[2], "error")[0]
     (folder / "config.json").write_text("{}")
     found = diagnose(request(tiny, encoder=EncoderRef(source=str(folder))), "fp32")
@@ -355,7 +355,7 @@ def test_padding_that_leaks_into_a_clip(tiny: Tiny) -> None:
 def test_a_collapsed_encoder(tiny: Tiny) -> None:
     subject = subject_of(tiny, clips=[5] * 4)
     step = check_forward(subject)
-    assert "all clips are embedded alike" in said(step, "error")[0]
+    assert "all clips have the same embedding" in said(step, "error")[0]
     assert step.values["mean_cosine"] == pytest.approx(1, abs=1e-4)
 
 
@@ -365,7 +365,7 @@ def test_embeddings_that_are_not_finite(tiny: Tiny) -> None:
     with torch.no_grad():
         encoder.tower.layers[1].fc1.bias[0] = float("nan")
     forward, backward = check_forward(subject), check_backward(subject)
-    assert "12 of 12 embeddings hold values that are not finite" in said(forward, "error")[0]
+    assert "12 of 12 embeddings have values that are not finite" in said(forward, "error")[0]
     assert "the loss is not finite" in said(backward, "error")[0]
     assert json.loads(json.dumps(backward.to_dict(), allow_nan=False))["values"]["loss"] == [None, None]
 
@@ -403,7 +403,7 @@ def test_a_frozen_projection(member: Member, tiny: Tiny) -> None:
     member.head.requires_grad_(False)
     step = train(member, tiny)
     assert step.values["dead"] == ["projection layers.0.weight", "projection layers.0.bias"]
-    assert "the projection is frozen" in said(step, "error")[0]
+    assert "set requires_grad on the projection" in said(step, "error")[0]
 
 
 def test_dead_and_stray_tensors_are_named(member: Member, tiny: Tiny) -> None:
@@ -485,7 +485,7 @@ def test_an_adapter_whose_names_are_of_transformers_4(qwen: Path, tmp_path: Path
     save_file(older, tmp_path / "adapter_model.safetensors")
     step = strategy(qwen_request(qwen, adapter=tmp_path))
     (text,) = said(step, "error")
-    assert "24 of 24 tensors name no module" in text and "they are the names of transformers 4" in text
+    assert "24 of 24 tensors match no module" in text and "they are the names of transformers 4" in text
 
 
 def test_an_exported_adapter_fits(tiny: Tiny, tmp_path: Path) -> None:
@@ -504,7 +504,7 @@ def test_an_encoder_without_a_tower_says_so(tmp_path: Path) -> None:
     found = diagnose(qwen_request(tmp_path), "fp32")
     assert found.count("error") == 0, found.to_dict()
     assert found.steps[6].values["strategy"] == "full_forward"
-    assert "the whole encoder is the path (full_forward)" in said(found.steps[6], "note")[0]
+    assert "the whole encoder runs (full_forward)" in said(found.steps[6], "note")[0]
     assert any("reads the waveform" in text for text in said(found.steps[3], "ok"))
 
 

@@ -219,7 +219,7 @@ def cut(name: str) -> Callable[[Path], object]:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no head": (lambda folder: (folder / HEAD_FILE).unlink(), "head.safetensors is missing"),
-    "cut head": (cut(HEAD_FILE), "head.safetensors: does not fit"),
+    "cut head": (cut(HEAD_FILE), "head.safetensors: does not match card.json"),
     "head tensor missing": (rewrite_head(lambda t: t.pop("head.layers.2.bias")), "head.layers.2.bias"),
     "head tensor unexpected": (
         rewrite_head(lambda t: t.update({"head.layers.9.bias": torch.ones(1)})),
@@ -231,7 +231,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         rewrite_head(lambda t: t.update({"head.layers.2.bias": torch.ones(9)})),
         r"head.layers.2.bias.*\[9\]",
     ),
-    "no card": (lambda folder: (folder / CARD_FILE).unlink(), "no card.json"),
+    "no card": (lambda folder: (folder / CARD_FILE).unlink(), "has no card.json"),
     "cut card": (cut(CARD_FILE), "card.json: damaged"),
     "card is a list": (lambda folder: (folder / CARD_FILE).write_text("[]"), "card.json: damaged"),
     "card field missing": (rewrite_card(lambda c: c.pop("precision")), "card.json: damaged.*precision"),

@@ -92,9 +92,9 @@ def test_a_target_of_one_part_is_fine_under_both(spec: EncoderSpec) -> None:
     placement = resolve_placement(spec, lora("both", ("gate_proj",)))
     assert placement.modules == tuple(f"language_model.layers.{layer}.mlp.gate_proj" for layer in (0, 1))
     assert placement.layers == (3, 4)
-    with pytest.raises(PlacementError, match=r"\(qwen2_audio\) have no 'gate_proj'; there are q_proj, .*, fc2"):
+    with pytest.raises(PlacementError, match=r"\(qwen2_audio\) have no 'gate_proj'; they have q_proj, .*, fc2"):
         resolve_placement(spec, lora("tower", ("gate_proj",)))
-    with pytest.raises(PlacementError, match=r"blocks of the language model of .* have no 'conv1'; there are q_proj"):
+    with pytest.raises(PlacementError, match=r"blocks of the language model of .* have no 'conv1'; they have q_proj"):
         resolve_placement(spec, lora("language_model", ("conv1",)))
     with pytest.raises(PlacementError, match=r"blocks of .* have no 'gate'; .* gate_proj, .*did you mean gate_proj\?"):
         resolve_placement(spec, lora("both", ("gate",)))
@@ -121,7 +121,7 @@ def test_a_language_model_that_does_not_run_is_refused(tiny_qwen: Tiny, tmp_path
     ):
         resolve_placement(inspect_encoder(tiny_qwen.encoder), lora(placement))
     whisper = inspect_encoder(EncoderRef(source=str(write_encoder(tmp_path / "whisper"))))
-    with pytest.raises(PlacementError, match=rf"no language model that could be adapted; give tower .* {placement}"):
+    with pytest.raises(PlacementError, match=rf"no language model to adapt; give tower .* {placement}"):
         resolve_placement(whisper, lora(placement))
 
 

@@ -207,8 +207,8 @@ def test_a_trial_off_the_path_is_refused(tiny: Tiny, bypassed: AudioEncoder) -> 
     pack.attach("fits", TrialConfig(lora=LoraSpec(rank=2, targets=("q_proj",))))
     with pytest.raises(PlacementError) as caught:
         pack.attach("stray", LORA)
-    assert "layers.2.fc1 (called, but bypassed) of 6 modules do not reach the embedding" in str(caught.value)
-    assert re.search(r"on the encoding path are .*layers\.\*\.fc1 2, .*; leave .* --off-path warn", str(caught.value))
+    assert "depend on 1 of 6 modules (layers.2.fc1: called, but its output is not used)" in str(caught.value)
+    assert re.search(r"on the encoding path are .*layers\.\*\.fc1 2, .*; remove .* --off-path warn", str(caught.value))
     assert list(pack.members) == ["fits"] and adapters.names(bypassed) == ("fits",)
 
 
@@ -216,7 +216,7 @@ def test_a_trial_off_the_path_is_trained_with_a_warning(tiny: Tiny, bypassed: Au
     pack = Pack(PackContext(bypassed, tiny.store(), tiny.settings(off_path="warn")))
     assert pack.attach("fits", TrialConfig(lora=LoraSpec(rank=2, targets=("q_proj",)))).warning is None
     member = pack.attach("stray", LORA)
-    assert member.warning is not None and "layers.2.fc1 (called, but bypassed)" in member.warning
+    assert member.warning is not None and "layers.2.fc1: called, but its output is not used" in member.warning
     before = [parameter.detach().clone() for parameter in member.lora_parameters]
     row = pack.train_epoch(["stray"])["stray"]
     assert isinstance(row, dict) and np.isfinite(row["loss"])

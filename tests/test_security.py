@@ -175,7 +175,7 @@ def test_a_checkpoint_runs_nothing(pack: Pack, tmp_path: Path, mark: Path, form:
     else:
         bomb = pickle.dumps(Bomb(mark), protocol=2)
         path.write_bytes({"pickle": bomb, "cut off": whole[: len(whole) // 2], "empty": b""}[form])
-    said = "checkpoint of t0001: damaged" if form == "wrong tensors" else "t0001.pt: not a checkpoint of tensors"
+    said = "checkpoint of t0001: is damaged" if form == "wrong tensors" else "t0001.pt: not a checkpoint of tensors"
     raises(StudyError, said, lambda: pack.attach("t0001", TRIAL, path))
     assert pack.members == {}
     pack.attach("t0001", TRIAL)

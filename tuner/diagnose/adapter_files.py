@@ -1,7 +1,7 @@
-"""Somebody's LoRA, judged by the whole model: which modules a PEFT configuration adapts, which ones a file names.
+"""Any PEFT adapter, checked with the whole model: which modules its configuration adapts, and which its file names.
 
-PEFT matches a plain list by suffix in every part of the model, says nothing of names that match nowhere while others
-do, and only warns of tensors whose names fit no module: those layers then stay as they were.
+PEFT matches a plain list by suffix in every part of the model. It does not report names without a match while others
+match, and only warns about tensors whose names match no module: those layers then stay untrained.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_peft_config(path: Path) -> peft.LoraConfig:
     """A LoRA configuration from its file or the folder that holds it.
 
     Raises:
-        AdapterError: it is missing, damaged or of another method.
+        AdapterError: it is missing, damaged, or not LoRA.
     """
     file = path / CONFIG_FILE if path.is_dir() else path
     try:
@@ -54,14 +54,14 @@ def read_peft_config(path: Path) -> peft.LoraConfig:
         raise AdapterError(f"{file}: cannot be read ({error.strerror}); give an {CONFIG_FILE} or its folder") from None
     except (ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise AdapterError(f"{file}: not a PEFT configuration ({reason}); save the adapter again") from None
+        raise AdapterError(f"{file}: is not a PEFT configuration ({reason}); save the adapter again") from None
     if not isinstance(config, peft.LoraConfig):
-        raise AdapterError(f"{file}: not a LoRA configuration; only LoRA is read")
+        raise AdapterError(f"{file}: is not a LoRA configuration; give a LoRA adapter")
     return config
 
 
 def match(config: peft.LoraConfig, whole: WholeModel) -> Matched:
-    """What PEFT would adapt in the whole model; a pattern that fits the tower's own names was made for the tower."""
+    """Modules that PEFT would adapt in the whole model; a pattern of the tower's own names is one for the tower."""
     found = [name for name in whole.linears if check_target_module_exists(config, name)]
     if not found:
         found = [
@@ -74,7 +74,7 @@ def match(config: peft.LoraConfig, whole: WholeModel) -> Matched:
 
 
 def check_targets(step: Step, config: peft.LoraConfig, origin: Path, whole: WholeModel, spec: EncoderSpec) -> Matched:
-    """Say where a configuration's LoRA goes, and what is wrong with that on the encoder's path."""
+    """Report the modules of a configuration's LoRA, and what is wrong with them on the encoder's path."""
     found = match(config, whole)
     sizes = {part: lora_size((whole.linears[name] for name in names), config.r) for part, names in vars(found).items()}
     step.values["peft_config"] = {
@@ -90,10 +90,10 @@ def check_targets(step: Step, config: peft.LoraConfig, origin: Path, whole: Whol
         where = " and ".join(f"{2 * count} to {part}" for part, count in parts.items())
         step.error(
             f"{text}: {where}, which the path {spec.path} never runs (for example {leak[0]})",
-            "name the modules below the tower, with a pattern and not a list, or let tuner place them (--targets)",
+            "use a pattern that names the tower's modules, not a list, or let tuner choose the modules (--targets)",
         )
     elif not found.tower and not found.outside:
-        step.error(f"{origin}: its targets match no module of {spec.source}", "see step 5 for the modules there are")
+        step.error(f"{origin}: its targets match no module of {spec.source}", "step 5 lists the modules of the encoder")
     else:
         step.ok(text)
     return found
@@ -117,7 +117,7 @@ def _missed_names(step: Step, config: peft.LoraConfig, origin: Path, found: Matc
 
 
 def check_weights(step: Step, folder: Path, whole: WholeModel) -> None:
-    """Compare the names in an adapter's file with the modules that there are, in the whole model or in the tower.
+    """Compare the names in an adapter's file with the modules of the whole model, or of the tower.
 
     Raises:
         AdapterError: the file is missing or damaged.
@@ -129,10 +129,10 @@ def check_weights(step: Step, folder: Path, whole: WholeModel) -> None:
     except FileNotFoundError:
         raise AdapterError(f"{folder}: {WEIGHTS_FILE} is missing; give the folder of an exported adapter") from None
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path}: damaged safetensors file ({error}); export the adapter again") from None
+        raise AdapterError(f"{path}: is a damaged safetensors file ({error}); export the adapter again") from None
     modules = {key: key.removeprefix(_PREFIX).partition(".lora_")[0] for key in keys}
     own = {whole.own(name) for name in whole.linears if whole.part(name) == "tower"}
-    # All of one adapter hang below one root: the whole model, or its tower alone.
+    # All modules of one adapter have one root: the whole model, or its tower alone.
     missing = min(
         ([key for key, module in modules.items() if module not in known] for known in (whole.linears.keys(), own)),
         key=len,
@@ -140,15 +140,15 @@ def check_weights(step: Step, folder: Path, whole: WholeModel) -> None:
     step.values["adapter_file"] = {"tensors": len(keys), "tensors_that_miss": len(missing)}
     if missing:
         step.error(
-            f"{path}: {len(missing)} of {len(keys)} tensors name no module of this model (for example {missing[0]}): "
-            f"PEFT would warn at most and leave those layers untrained{_older(modules, whole)}",
+            f"{path}: {len(missing)} of {len(keys)} tensors match no module of this model (for example {missing[0]}): "
+            f"PEFT would only warn and leave those layers untrained{_older(modules, whole)}",
             "save the adapter again with the versions of transformers and PEFT that load it",
         )
     else:
-        step.ok(f"{path}: all {len(keys)} tensors name a module that is there")
+        step.ok(f"{path}: all {len(keys)} tensors match a module of the model")
 
 
 def _older(modules: dict[str, str], whole: WholeModel) -> str:
-    """Whether the names are those that transformers 4 had for the same modules."""
+    """A remark if the names are those of transformers 4 for the same modules."""
     renamed = (f"model.{module}".replace("language_model.model.", "language_model.") for module in modules.values())
     return "; they are the names of transformers 4" if all(name in whole.linears for name in renamed) else ""

@@ -1,6 +1,6 @@
 """Step 6: two real training steps: every LoRA tensor and the projection must have gradient, the base none.
 
-At the first step A has no gradient by construction, since B is zero: gradients are looked at after it.
+In the first step A has no gradient, because B is zero. So gradients are checked after the first step.
 
 Shapes: B clips, D width of the text embeddings.
 """
@@ -26,14 +26,16 @@ from tuner.train.prefix import LivePrefix, row_lengths
 
 TRIAL = "diagnose"
 ATTEMPTS, ENOUGH_SECONDS = 3, 5.0
-NAMED = 3  # dead tensors that are named
+NAMED = 3  # tensors without gradient that a message lists
 
 
 def check_backward(subject: Subject) -> Step:
-    """Attach a fresh LoRA of the configuration, train two steps on the sample, and look at every gradient."""
+    """Attach a fresh LoRA of the configuration, train two steps on the sample, and check every gradient."""
     step = Step("backward")
     if subject.encoder is None or subject.sample is None:
-        step.skipped = "there is no loaded encoder (step 3)" if subject.encoder is None else "no features (step 4)"
+        step.skipped = (
+            "the encoder is not loaded (step 3)" if subject.encoder is None else "there are no features (step 4)"
+        )
         return step
     store = subject.request.store
     try:
@@ -49,12 +51,12 @@ def check_backward(subject: Subject) -> Step:
 
 
 def try_training(step: Step, member: Member, sample: Sample) -> MeasuredStep:
-    """A step, then forward and backward again, whose gradients are looked at; the time and memory of that."""
+    """Train a step, then check the gradients of another forward and backward pass, and measure its time and memory."""
     text_BD = _text(sample, member)
     first = _backward(member, sample, text_BD)
     names = [name for name, _ in _lora(member)]
     member.step()
-    # Kernels are made at the first meeting with a shape: the fastest of a few steps is what a search sees.
+    # Kernels are compiled for each new shape, so the fastest of a few steps is closest to a search.
     attempts = [_backward(member, sample, text_BD)]
     while len(attempts) < ATTEMPTS and sum(attempt.seconds for attempt in attempts) < ENOUGH_SECONDS:
         attempts.append(_backward(member, sample, text_BD))
@@ -68,7 +70,7 @@ def try_training(step: Step, member: Member, sample: Sample) -> MeasuredStep:
     step.values |= {"seconds": measured.seconds, "tokens": measured.tokens, "loss": [first.loss, measured.loss]}
     step.values["activation_bytes"] = measured.activation_bytes
     if not math.isfinite(first.loss):
-        step.error("the loss is not finite", "see step 5: try --precision fp32, or fetch the model again")
+        step.error("the loss is not finite", "try --precision fp32, or download the model again")
     _tell(step, len(names), dead, strays)
     step.ok(
         f"a training step of {len(sample.clips)} clips ({measured.tokens} tokens) took {duration(measured.seconds)} "
@@ -83,9 +85,9 @@ def _tell(step: Step, tensors: int, dead: list[str], strays: list[str]) -> None:
         frozen = [name for name in dead if name.startswith("projection")]
         step.error(
             f"{len(dead)} trainable tensors get no gradient: {', '.join(dead[:NAMED])}{more}",
-            "the projection is frozen: let it require gradient"
+            "set requires_grad on the projection, which is frozen"
             if frozen
-            else "they do not lead to the embedding; see step 7 for the modules that do",
+            else "choose modules that the embedding depends on; step 5 lists them",
         )
     else:
         step.ok(f"all {tensors} LoRA tensors and the projection have gradient after one step")
@@ -99,7 +101,7 @@ def _tell(step: Step, tensors: int, dead: list[str], strays: list[str]) -> None:
 
 
 def _text(sample: Sample, member: Member) -> Tensor:
-    """Unit vectors BD, one a clip, all different: what is learnt does not matter, that all can be told apart does."""
+    """Unit vectors BD, a different one for each clip; their values do not matter."""
     width = next(reversed(list(member.head.parameters()))).shape[0]
     text_BD = torch.randn(len(sample.clips), width, generator=torch.Generator().manual_seed(0))
     return nn.functional.normalize(text_BD, dim=1).to(member.device)
@@ -133,7 +135,7 @@ def _setting(encoder: AudioEncoder) -> str:
 
 @contextmanager
 def _kept_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd keeps, weights left out."""
+    """Bytes of each storage that autograd keeps, without the weights."""
     own = {weight.untyped_storage().data_ptr() for weight in weights}
     kept: dict[int, int] = {}
 

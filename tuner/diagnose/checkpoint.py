@@ -1,4 +1,4 @@
-"""Step 3: the encoder on disk: which tensors are read, in what format, and what that saves over loading everything."""
+"""Step 3: the encoder on disk: which tensors are read, in what format, and how much memory that saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tuner.train.precision import dtype_of
 
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 LOW = {"F8_E4M3", "F8_E5M2", "I8", "U8", "int8", "int16"}
-# Exactness is measured best in fp32, which a model of up to this share of the free memory can afford.
+# Exactness is best measured in fp32, if the model takes at most this share of the free memory.
 FP32_SHARE = 0.5
 
 
@@ -41,11 +41,11 @@ class Stored:
 
 @dataclass
 class Contents:
-    """What a checkpoint holds: the tensors of the files that are there, and the names of all."""
+    """What a checkpoint holds: the tensors of the files on disk, and the names of all tensors."""
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
-    total_bytes: int = 0  # of all tensors, those of files that are not there too
+    total_bytes: int = 0  # of all tensors, also those of files that are not on disk
 
     def read(self, spec: EncoderSpec) -> list[str]:
         """Names of the tensors that belong to the encoder."""
@@ -56,7 +56,7 @@ class Contents:
 
 
 def check_checkpoint(subject: Subject, precision: Literal["auto", "bf16", "fp32"], device: str) -> Step:
-    """Look at the files, then load the encoder for the steps behind."""
+    """Check the files, then load the encoder for the later steps."""
     step, spec = Step("checkpoint"), subject.spec
     if spec is None:
         step.error(subject.spec_error or "the encoder cannot be used")
@@ -84,7 +84,7 @@ def read_contents(spec: EncoderSpec) -> Contents:
     if spec.checkpoint == "ctranslate2":
         contents = Contents()
         for name, variable in ctranslate2.read_header(spec.folder / ctranslate2.FILE_NAME).variables.items():
-            if not variable.shape:  # a setting of the model, no weight
+            if not variable.shape:  # a setting of the model, not a weight
                 continue
             count = math.prod(variable.shape)
             contents.tensors[name] = Stored(variable.dtype.name, count, count * variable.dtype.itemsize)
@@ -108,12 +108,12 @@ def _header(path: Path) -> list[tuple[str, Stored]]:
                 count, dtype = math.prod(part.get_shape()), str(part.get_dtype())
                 found.append((name, Stored(dtype, count, count * BYTES.get(dtype, 1))))
     except SafetensorError as error:
-        raise EncoderError(f"{path}: damaged safetensors file ({error}); fetch the model again") from None
+        raise EncoderError(f"{path}: is a damaged safetensors file ({error}); download the model again") from None
     return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those of the checkpoint's files that are there: of a hub id only the encoder's shards are fetched."""
+    """The checkpoint's files on disk: for a hub id only the encoder's shards are downloaded."""
     if not (folder / INDEX).is_file():
         return [folder / SINGLE]
     shards = sorted({str(name) for name in read_json(folder / INDEX)["weight_map"].values()})
@@ -134,7 +134,7 @@ def _describe(step: Step, spec: EncoderSpec, contents: Contents, encoder: AudioE
     memory = sum(parameter.numel() * parameter.itemsize for parameter in encoder.tower.parameters())
     size = sum(tensor.size for tensor in stored)
     dtype = str(encoder.dtype).removeprefix("torch.")
-    # What is not read would be loaded in the same format.
+    # As if the rest were loaded in the same format.
     everything = memory * contents.total_bytes / size if size else memory
     step.values |= {"tensors_read": len(read), "tensors": len(contents.names), "formats": dict(formats)}
     step.values |= {"bytes_read": size, "bytes": contents.total_bytes, "loaded_as": dtype, "parameters": parameters}
@@ -143,10 +143,11 @@ def _describe(step: Step, spec: EncoderSpec, contents: Contents, encoder: AudioE
         f"{spec.family}: {len(read)} of {len(contents.names)} tensors are read ({', '.join(formats)}), "
         f"{gib(size)} of {gib(contents.total_bytes)} on disk, in {duration(step.values['load_seconds'])}"
     )
-    saved = f"everything would be {gib(everything)}" if len(read) < len(contents.names) else "that is everything"
+    saved = f"the whole model would take {gib(everything)}" if len(read) < len(contents.names) else "that is all"
     step.ok(f"{parameters / 1e6:,.2f}M parameters take {gib(memory)} of memory as {dtype}; {saved}")
     low = sorted(set(formats) & LOW)
     if low:
         step.warn(
-            f"weights are stored as {', '.join(low)}", "take the original weights: LoRA learns on top of exact ones"
+            f"weights are stored as {', '.join(low)}",
+            "use the original weights, which are more exact: LoRA learns on top of them",
         )

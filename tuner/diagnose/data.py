@@ -1,4 +1,4 @@
-"""Step 2: the recordings: how many, how long, what is left out, what is there twice, and what leaks between splits."""
+"""Step 2: the recordings: count, durations, rejected rows, duplicates, and leaks between splits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuner.diagnose.findings import Step
 from tuner.diagnose.recordings import Progress, Recordings, manifest_recordings, store_recordings
 from tuner.diagnose.subject import Subject
 
-MAX_REJECTS = 0.01  # the share that `tuner prepare` tolerates unasked
+MAX_REJECTS = 0.01  # the share that `tuner prepare` allows by default
 
 
 def check_data(subject: Subject, progress: Progress) -> Step:
@@ -41,19 +41,19 @@ def check_data(subject: Subject, progress: Progress) -> Step:
 
 
 def _counts(step: Step, found: Recordings) -> None:
-    counts = Counter(split or "to be drawn" for split in found.splits)
+    counts = Counter(split or "without a split" for split in found.splits)
     captions = {caption for owned in found.captions for caption in owned}
     step.values |= {"clips": len(found.names), "splits": dict(counts), "captions": len(captions)}
     if not found.names:
-        step.error("no recording can be used", "mend the rows that are listed as rejects")
+        step.error("no recording can be used", "fix the rejected rows")
         return
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     step.ok(f"{len(found.names)} clips ({listed}), {len(captions)} distinct captions")
     missing = [name for name in SPLITS if not counts[name]] if None not in found.splits else []
     if missing:
         step.error(
-            f"no clips in {', '.join(missing)}",
-            "give clips these splits in the manifest, or remove its split column so that splits are drawn",
+            f"no clips in the splits {', '.join(missing)}",
+            "add clips of these splits to the manifest, or remove its column `split` so that tuner draws the splits",
         )
 
 
@@ -73,18 +73,18 @@ def _rejects(step: Step, found: Recordings) -> None:
     count = sum(found.rejects.values())
     step.values["rejects"] = dict(found.rejects)
     if not count:
-        step.ok("no row is left out")
+        step.ok("every row of the data can be used")
         return
     listed = ", ".join(f"{number} {reason}" for reason, number in found.rejects.most_common())
     text = f"{count} of {found.rows} rows cannot be used: {listed}"
     if count > MAX_REJECTS * found.rows:
-        step.warn(text, "mend them, or allow them with `tuner prepare --max-rejects`")
+        step.warn(text, "fix these rows, or allow them with `tuner prepare --max-rejects`")
     else:
         step.note(text)
 
 
 def _silence(step: Step, found: Recordings) -> None:
-    """Of what can be decoded but says nothing."""
+    """Recordings that can be decoded but are silent."""
     silent = len(found.silent) + found.rejects["silent"]
     step.values["silent"] = silent
     if not silent:
@@ -92,11 +92,14 @@ def _silence(step: Step, found: Recordings) -> None:
     if not set(found.names) - set(found.silent):
         step.error(f"all {silent} recordings are silent", "check how they were recorded or converted")
     elif found.silent:
-        step.warn(f"{len(found.silent)} clips are silent ({found.silent[0]})", "remove them and prepare the data again")
+        step.warn(
+            f"{len(found.silent)} clips are silent (for example {found.silent[0]})",
+            "remove them and prepare the data again",
+        )
 
 
 def _duplicates(step: Step, found: Recordings) -> None:
-    """The same sound twice: within a split it weighs double, in two splits the test knows the training data."""
+    """The same sound twice: within a split it counts double; in two splits the test contains training data."""
     by_key: dict[str, list[int]] = {}
     for position, (content, others) in enumerate(zip(found.contents, found.identities, strict=True)):
         for key in (f"content {content}", *others):
@@ -120,11 +123,11 @@ def _duplicates(step: Step, found: Recordings) -> None:
     else:
         step.ok("no recording is in two splits, by content, file or clip_id")
     if repeats:
-        step.note(f"clips that repeat the sound of another one in the same split: {repeats}")
+        step.note(f"clips that repeat the sound of another clip of their split: {repeats}")
 
 
 def _captions(step: Step, found: Recordings) -> None:
-    """A closed catalogue shares captions between splits by design."""
+    """In a closed catalogue the splits share captions on purpose."""
     splits_of: dict[int, set[str]] = {}
     for split, owned in zip(found.splits, found.captions, strict=True):
         for caption in owned:
@@ -133,6 +136,6 @@ def _captions(step: Step, found: Recordings) -> None:
     step.values["shared_captions"] = shared
     if shared:
         step.note(
-            f"{shared} of {len(splits_of)} captions occur in more than one split: retrieval among known captions, as "
-            "in a catalogue, not of new ones"
+            f"{shared} of {len(splits_of)} captions are in more than one split: this measures retrieval of known "
+            "captions, as in a catalogue, not of new ones"
         )

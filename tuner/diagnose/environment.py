@@ -1,4 +1,4 @@
-"""Step 1: the machine and the installed programs."""
+"""Step 1: the machine and the installed libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIN_SHARED_MEMORY = 256 * 2**20  # Ray's object store here is 200 MiB
 
 
 def check_environment() -> Step:
-    """Python, libraries, processor or GPU, memory, and room for the cache."""
+    """Python, libraries, processor or GPU, memory, and disk space for the cache."""
     step = Step("environment")
     _python(step)
     _libraries(step)
@@ -41,7 +41,7 @@ def _python(step: Step) -> None:
     if PYTHONS[0] <= sys.version_info[:2] < PYTHONS[1]:
         step.ok(f"Python {version} on {platform.system()} {platform.machine()}")
     else:
-        step.error(f"Python {version} is not one that tuner runs on", "use Python 3.11 or 3.12")
+        step.error(f"tuner does not support Python {version}", "use Python 3.11 or 3.12")
 
 
 def _libraries(step: Step) -> None:
@@ -54,7 +54,7 @@ def _libraries(step: Step) -> None:
     step.values["libraries"] = versions
     missing = [name for name, version in versions.items() if version is None]
     if missing:
-        step.error(f"{', '.join(missing)} not installed", "run `make install`")
+        step.error(f"not installed: {', '.join(missing)}", "run `make install`")
     step.ok(", ".join(f"{name} {version}" for name, version in versions.items() if version))
 
 
@@ -77,7 +77,7 @@ def _memory(step: Step) -> None:
     step.values |= {"memory_bytes": memory.total, "memory_available_bytes": memory.available}
     text = f"{gib(memory.available)} of {gib(memory.total)} memory available"
     if memory.available < MIN_MEMORY:
-        step.warn(text, "a search of the demo needs 2 GiB; end other programs, or search with --lanes 1 --pack 1")
+        step.warn(text, "a search of the demo needs 2 GiB; close other programs, or search with --lanes 1 --pack 1")
     else:
         step.ok(text)
     if SHARED_MEMORY.is_dir():
@@ -86,19 +86,23 @@ def _memory(step: Step) -> None:
         if free < MIN_SHARED_MEMORY:
             step.warn(
                 f"{gib(free)} free in {SHARED_MEMORY}, where Ray keeps its objects",
-                "give a container more shared memory (--shm-size=512m)",
+                "start the container with more shared memory (--shm-size=512m)",
             )
 
 
 def _disk(step: Step) -> None:
-    """Of the folder of caches, which may not exist yet."""
+    """Check the cache folder, which may not exist yet."""
     root = cache_root().absolute()
     existing = next(folder for folder in (root, *root.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     step.values |= {"cache": str(root), "cache_free_bytes": free}
     if not os.access(existing, os.W_OK):
-        step.error(f"{existing}: the cache cannot be written here", "set TUNER_CACHE to a folder that can")
+        step.error(
+            f"{existing}: the cache cannot be written there", "set TUNER_CACHE to a folder that you can write to"
+        )
     elif free < MIN_DISK:
-        step.warn(f"{gib(free)} free at {root}", "stores and cached prefixes go there; free some or set TUNER_CACHE")
+        step.warn(
+            f"{gib(free)} free at {root}", "stores and frozen states are kept there; free disk space or set TUNER_CACHE"
+        )
     else:
         step.ok(f"{gib(free)} free for caches at {root}")

@@ -1,4 +1,4 @@
-"""Step 4: the front end: shapes, the exact last frame, and whether a clip in a batch equals the clip alone."""
+"""Step 4: features: shapes, an exact last frame, and whether a clip in a batch gives the same as the clip alone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.errors import TunerError
 from tuner.train.model import encoder_precision
 
-# Of the largest value; other lengths are other matrix shapes, which round differently.
+# Relative to the largest value; other lengths give other matrix shapes, which round differently.
 SAME_FRAME = 1e-4
 SAME_STATE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 SILENCE_SECONDS = 1.0
 
 
 def check_features(subject: Subject) -> Step:
-    """Extract features of a few clips, draw the sample for the steps behind, and try truncation on the encoder."""
+    """Extract features of a few clips, draw the sample for the later steps, and check truncation with the encoder."""
     step = Step("features")
     if subject.spec is None:
         step.skipped = "the encoder cannot be used (step 3)"
@@ -38,7 +38,7 @@ def check_features(subject: Subject) -> Step:
     _shapes(step, subject.spec, sample)
     _last_frame(step, subject.spec, sample, extractor)
     if subject.encoder is None:
-        step.note("whether truncation is exact was not tried: the encoder is not loaded (step 3)")
+        step.note("truncation was not checked: the encoder is not loaded (step 3)")
     else:
         _truncation(step, subject.encoder, sample)
     return step
@@ -52,21 +52,21 @@ def _shapes(step: Step, spec: EncoderSpec, sample: Sample) -> None:
     step.values |= {"channels": spec.feature_channels, "sampling_rate": spec.sampling_rate}
     step.values |= {"frames": frames, "tokens": tokens}
     if not all(np.isfinite(features).all() for features in maps):
-        step.error("features hold values that are not finite", "prepare the data again")
+        step.error("features have values that are not finite", "prepare the data again")
     if min(tokens) < 1:
-        step.error("a clip is too short to give a single token", "remove clips of a few milliseconds")
+        step.error("a clip is too short for a single token", "remove clips of a few milliseconds")
     what = "samples" if spec.feature_channels == 1 else f"frames of {spec.feature_channels} mel bins"
     span = f"{min(frames)} to {max(frames)} {what} give {min(tokens)} to {max(tokens)} tokens"
     step.ok(f"{sample.origin}: {span}, at {spec.sampling_rate:,} Hz")
 
 
 def _last_frame(step: Step, spec: EncoderSpec, sample: Sample, extractor: FeatureExtractor) -> None:
-    """A spectrum at the end of a clip must see silence behind it, not the clip mirrored."""
+    """The last frame of a spectrum must be followed by silence, not by the mirrored clip."""
     if spec.feature_channels == 1:
-        step.ok("the encoder reads the waveform, which has no last frame to spoil")
+        step.ok("the encoder reads the waveform, so the last frame needs no check")
         return
     if spec.fixed_tokens:
-        step.ok("a clip is repeated until it fills the encoder's window, so there is no last frame to spoil")
+        step.ok("a clip is repeated until it fills the encoder's window, so the last frame needs no check")
         return
     silence = np.zeros(int(SILENCE_SECONDS * spec.sampling_rate), dtype=np.float32)
     room = int(spec.max_seconds * spec.sampling_rate) - silence.size
@@ -74,15 +74,17 @@ def _last_frame(step: Step, spec: EncoderSpec, sample: Sample, extractor: Featur
         _frame_difference(extractor, waveform, silence) for waveform in sample.waveforms if waveform.size <= room
     ]
     if not differences:
-        step.note("the last frame was not tried: no recording of the sample is there and leaves room for silence")
+        step.note(
+            "the last frame was not checked: no recording of the sample is on disk and short enough to add silence"
+        )
         return
     worst = step.values["last_frame_difference"] = max(differences)
     if worst <= SAME_FRAME:
-        step.ok(f"the last frame is exact: with silence behind the clip it changes by at most {worst:.1e}")
+        step.ok(f"the last frame is exact: with silence after the clip it changes by at most {worst:.1e}")
     else:
         step.error(
             f"the last frame changes by {worst:.1e} when silence follows the clip",
-            "the feature extractor mirrors the end of a clip; extract with at least one window of zeros behind it",
+            "the feature extractor mirrors the end of a clip; add at least one window of zeros after the clip",
         )
 
 
@@ -95,7 +97,7 @@ def _frame_difference(
 
 
 def _truncation(step: Step, encoder: AudioEncoder, sample: Sample) -> None:
-    """The shortest clip beside the longest and alone: what lies behind it in a batch must not change it."""
+    """The shortest clip, alone and in a batch with the longest: the padding in a batch must not change it."""
     lengths = sample.source.frames[sample.clips]
     shortest, longest = int(sample.clips[lengths.argmin()]), int(sample.clips[lengths.argmax()])
     alone_TD, together_TD = _states(encoder, sample, [shortest]), _states(encoder, sample, [shortest, longest])
@@ -105,16 +107,16 @@ def _truncation(step: Step, encoder: AudioEncoder, sample: Sample) -> None:
     tokens = encoder.spec.sequence_length(int(lengths.min()))
     if not worst <= SAME_STATE[encoder.dtype]:
         step.error(
-            f"a clip's states change by {worst:.1e} of their largest beside a longer clip: padding leaks in",
-            "this encoder must not be batched; report it with the name of the model",
+            f"a clip's states change by {worst:.1e} (relative) in a batch with a longer clip: padding leaks in",
+            "do not use this encoder with batches; please report the name of the model",
         )
         return
-    saved = f"{tokens} tokens and not {window}"
+    saved = f"{tokens} tokens instead of {window}"
     if encoder.spec.pad_to_30s:
         saved = "padded to the encoder's whole window"
     elif encoder.spec.fixed_tokens:
         saved = f"both fill the encoder's whole window, {window} tokens"
-    step.ok(f"truncation is exact: a clip beside a longer one equals the clip alone within {worst:.1e} ({saved})")
+    step.ok(f"truncation is exact: in a batch with a longer clip, a clip changes by at most {worst:.1e} ({saved})")
 
 
 def _states(encoder: AudioEncoder, sample: Sample, clips: list[int]) -> Tensor:

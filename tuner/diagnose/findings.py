@@ -31,12 +31,12 @@ class Step:
 
     @property
     def number(self) -> int:
-        """Its place among the seven, from 1."""
+        """Its position among the seven steps, from 1."""
         return STEPS.index(self.name) + 1
 
     @property
     def state(self) -> State:
-        """The worst of its findings; notes do no harm."""
+        """The worst of its findings; notes do not count."""
         levels = {finding.level for finding in self.findings}
         if "error" in levels:
             return "error"
@@ -45,19 +45,19 @@ class Step:
         return "warning" if "warning" in levels else "ok"
 
     def ok(self, text: str) -> None:
-        """Something is as it should be."""
+        """Report that something is right."""
         self.findings.append(Finding("ok", text))
 
     def note(self, text: str) -> None:
-        """Something to know that is no fault."""
+        """Report something that is not a fault."""
         self.findings.append(Finding("note", text))
 
     def warn(self, text: str, advice: str) -> None:
-        """Something that may be a fault."""
+        """Report something that may be a fault."""
         self.findings.append(Finding("warning", text, advice))
 
     def error(self, text: str, advice: str = "") -> None:
-        """Something that would make results wrong or a search fail. Without `advice`, `text` says what to do."""
+        """Report a fault that makes results wrong or a search fail. Without `advice`, `text` includes what to do."""
         self.findings.append(Finding("error", text, advice))
 
     def to_dict(self) -> dict[str, Any]:

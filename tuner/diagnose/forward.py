@@ -1,4 +1,4 @@
-"""Step 5: embeddings: shape, norm, and whether different recordings come out different. Traces the encoding path.
+"""Step 5: embeddings: shape, norm, and whether different recordings give different ones. Traces the encoding path.
 
 Shapes: B clips, D width of the encoder.
 """
@@ -20,15 +20,17 @@ from tuner.train.model import pool_clips
 from tuner.train.prefix import LivePrefix, row_lengths
 
 BUDGET = 8192  # tokens of a forward pass, as a search has by default
-COLLAPSED = 0.9999  # mean cosine between different clips above which nothing tells them apart
+COLLAPSED = 0.9999  # above this mean cosine, different clips cannot be told apart
 NARROW = 0.99
 
 
 def check_forward(subject: Subject) -> Step:
-    """Embed the sample with the frozen encoder as it is, and see which layers the embedding depends on."""
+    """Embed the sample with the frozen encoder, and find the layers that the embedding depends on."""
     step = Step("forward")
     if subject.encoder is None or subject.sample is None:
-        step.skipped = "there is no loaded encoder (step 3)" if subject.encoder is None else "no features (step 4)"
+        step.skipped = (
+            "the encoder is not loaded (step 3)" if subject.encoder is None else "there are no features (step 4)"
+        )
         return step
     encoder = as_run(subject.encoder, subject)
     started = time.perf_counter()
@@ -42,7 +44,7 @@ def check_forward(subject: Subject) -> Step:
 
 
 def as_run(encoder: AudioEncoder, subject: Subject) -> AudioEncoder:
-    """The encoder as far as the configuration runs it; as far as it can where the configuration does not fit."""
+    """The part of the encoder that the configuration runs; all of it if the configuration does not fit."""
     try:
         return on_path(encoder, subject.request.lora)
     except PlacementError:
@@ -63,14 +65,14 @@ def _embeddings(step: Step, pooled_BD: Tensor) -> None:
     broken = int((~torch.isfinite(pooled_BD).all(dim=1)).sum())
     if broken:
         step.error(
-            f"{broken} of {clips} embeddings hold values that are not finite",
-            "try --precision fp32; if that is the same, the checkpoint is damaged",
+            f"{broken} of {clips} embeddings have values that are not finite",
+            "try --precision fp32; if that does not help, the checkpoint is damaged: download the model again",
         )
         return
     norms = pooled_BD.norm(dim=1)
     step.values |= {"norm_min": float(norms.min()), "norm_max": float(norms.max())}
     if float(norms.min()) == 0:
-        step.error("an embedding is zero", "the checkpoint is damaged; fetch the model again")
+        step.error("an embedding is zero", "the checkpoint is damaged; download the model again")
         return
     step.ok(f"{clips} embeddings of width {width}, norms {float(norms.min()):.3g} to {float(norms.max()):.3g}")
     if clips > 1:
@@ -85,10 +87,11 @@ def _collapse(step: Step, pooled_BD: Tensor) -> None:
     text = f"mean cosine between different clips is {cosine:.5f}"
     if cosine > COLLAPSED:
         step.error(
-            f"{text}: all clips are embedded alike", "the recordings are all the same, or the encoder's weights are"
+            f"{text}: all clips have the same embedding",
+            "check that the recordings differ; if they do, the encoder's weights are damaged: download the model again",
         )
     elif cosine > NARROW:
-        step.note(f"{text}: the frozen states lie in a narrow cone, which the projection has to open")
+        step.note(f"{text}: frozen embeddings are close to each other; the projection has to separate them")
     else:
         step.ok(text)
 
@@ -104,4 +107,4 @@ def _describe_path(step: Step, path: EncodingPath) -> None:
     step.values |= {"linears": len(path.linears), "linears_on_path": len(path.on_path), "on_path": layers}
     step.ok(f"{len(path.on_path)} of {len(path.linears)} linear layers reach the embedding: {layers}")
     if path.off_path:
-        step.note(f"not on the path, so a LoRA there learns nothing: {describe(path.off_path)}")
+        step.note(f"the embedding does not depend on these, so a LoRA there learns nothing: {describe(path.off_path)}")

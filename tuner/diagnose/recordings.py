@@ -1,7 +1,7 @@
-"""The recordings behind a store or a manifest, with what says that two of them are one.
+"""The recordings of a store or a manifest, and how to recognise that two of them are the same.
 
-Of a manifest every recording is decoded, as `tuner prepare` would, but without features, Ray or a text encoder. Of a
-store nothing is decoded: clips are the same sound where their features are equal.
+For a manifest every recording is decoded, as `tuner prepare` does, but without features, Ray or a text encoder. For a
+store nothing is decoded: clips are the same sound if their features are equal.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tuner.data.store import REJECTS_FILE, Store
 from tuner.data.tables import EmbeddedAudio, read_audio_bytes
 from tuner.encoders.spec import EncoderSpec
 
-# Features of no sound are one value everywhere: the floor of a log-mel spectrum, or zero of a waveform.
+# Features of silence have one value everywhere: the floor of a log-mel spectrum, or zero of a waveform.
 FLAT = 1e-6
-LONGEST = 30.0  # seconds; the limit of all known families, where the encoder cannot be asked
+LONGEST = 30.0  # seconds; the limit of all known families, if the encoder is unknown
 EMBEDDED_AT_ONCE = 32
 Progress = Callable[[int, int], None]  # recordings read, and to read
 
@@ -37,7 +37,7 @@ class Recordings:
     splits: list[str | None] = field(default_factory=list)  # None: will be drawn
     seconds: list[float] = field(default_factory=list)
     contents: list[str] = field(default_factory=list)  # equal for the same sound
-    identities: list[tuple[str, ...]] = field(default_factory=list)  # what else says that two are one recording
+    identities: list[tuple[str, ...]] = field(default_factory=list)  # other signs that two are the same recording
     captions: list[tuple[int, ...]] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
     rejects: Counter[str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class Recordings:
 
 
 def store_recordings(store: Store) -> Recordings:
-    """Of a prepared store, by its features."""
+    """Recordings of a prepared store, compared by features."""
     found = Recordings(rows=int(store.meta.get("rows", len(store))), rejects=_listed_rejects(store))
     splits = store.split_names
     for clip in range(len(store)):
@@ -67,7 +67,7 @@ def store_recordings(store: Store) -> Recordings:
 def manifest_recordings(
     manifest: Path, audio_root: Path | None, spec: EncoderSpec | None, progress: Progress
 ) -> Recordings:
-    """Of everything that a manifest names, by the decoded sound.
+    """All recordings of a manifest, compared by the decoded sound.
 
     Raises:
         DataError: the manifest cannot be read, gives one file two splits, or names a recording outside `audio_root`.

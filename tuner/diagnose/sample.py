@@ -1,4 +1,4 @@
-"""The few clips that the encoder is tried on: of the data where there is any, else tones in noise.
+"""A few clips to try the encoder on: from the data if there is any, else tones in noise.
 
 Shapes: S samples, C channels, F frames.
 """
@@ -22,12 +22,12 @@ from tuner.lora.path import MIN_TOKENS
 from tuner.train.embed import Clips
 
 CLIPS = 16
-WAVEFORMS = 4  # of them, for what needs the recording itself
+WAVEFORMS = 4  # of these, also decoded, for checks that need the recording itself
 SYNTHETIC_SECONDS = (0.8, 1.1, 1.5, 2.0, 2.6, 3.1, 3.7, 4.3)
 
 
 def draw_sample(subject: Subject, extractor: FeatureExtractor) -> Sample:
-    """Clips of different sound over the whole range of lengths; of a store with the features that it holds."""
+    """Clips of different sound over the whole range of lengths; for a store, with its own features."""
     spec, store, recordings = subject.spec, subject.request.store, subject.recordings
     assert spec is not None, "a sample is drawn for an encoder"
     if store is not None and recordings is not None and store.encoder_fingerprint == spec.features_fingerprint:
@@ -37,11 +37,11 @@ def draw_sample(subject: Subject, extractor: FeatureExtractor) -> Sample:
         waveforms = decoded([recordings.audio[position] for position in chosen], spec)
         if waveforms:
             return _extracted(waveforms, extractor, f"{len(waveforms)} recordings of the data")
-    return _extracted(_tones(spec), extractor, f"{len(SYNTHETIC_SECONDS)} tones in noise, made here")
+    return _extracted(_tones(spec), extractor, f"{len(SYNTHETIC_SECONDS)} synthetic tones in noise")
 
 
 def decoded(audio: Sequence[Path | EmbeddedAudio], spec: EncoderSpec) -> tuple[NDArray[np.float32], ...]:
-    """Waveforms [S] at the encoder's rate of those recordings that are still there and usable."""
+    """Waveforms [S] at the encoder's rate of the recordings that still exist and can be used."""
     waveforms = []
     for source in audio:
         try:
@@ -67,7 +67,7 @@ def _is_file(audio: Path | EmbeddedAudio) -> bool:
 
 
 def _distinct(recordings: Recordings, clips: Sequence[int]) -> list[int]:
-    """One clip of each sound, the silent ones left out where there are others."""
+    """One clip of each sound, without silent ones if there are others."""
     silent = set(recordings.silent)
     heard = [clip for clip in clips if recordings.names[clip] not in silent] or list(clips)
     return list({recordings.contents[clip]: clip for clip in reversed(heard)}.values())

@@ -1,4 +1,4 @@
-"""All seven steps in their order. A step that fails leaves the later ones to say what they can, or why they cannot."""
+"""All seven steps in order. After a failed step, the later ones report what they still can, or why they cannot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def diagnose(
 
     Args:
         precision: of the frozen encoder; `auto` is fp32 where memory allows.
-        progress: is told of recordings of a manifest read and to read.
+        progress: called with the number of a manifest's recordings that were read, and of all.
     """
     subject = Subject(request)
     try:

@@ -1,4 +1,4 @@
-"""Step 7: what of the model runs, where the LoRA goes, what that costs, and what it would cost elsewhere."""
+"""Step 7: the part of the model that runs, the LoRA's modules, their cost, and the cost of other placements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MLP = ("fc1", "fc2")
 
 
 def check_strategy(subject: Subject) -> Step:
-    """Everything that can be said without an encoder is said without one."""
+    """Report everything that is known without loading the encoder, even if it could not be loaded."""
     step, spec = Step("strategy"), subject.spec
     if spec is None:
         step.skipped = "the encoder cannot be used (step 3)"
@@ -44,15 +44,13 @@ def _path(step: Step, spec: EncoderSpec, whole: WholeModel) -> None:
     strategy = "full_forward" if spec.tower_path is None else spec.path
     step.values |= {"strategy": strategy, "tower": spec.tower_path, "language_model": whole.language_model}
     if spec.tower_path is None:
-        step.note(
-            f"{spec.family} has no audio tower inside a larger model: the whole encoder is the path (full_forward)"
-        )
+        step.note(f"{spec.family} has no audio tower inside a larger model: the whole encoder runs (full_forward)")
     elif spec.path == "full_forward":
         step.ok(f"strategy full_forward: {spec.tower_path}, then {spec.language_model_path}, pooled over audio tokens")
     elif spec.tower_path == "":
-        step.ok("strategy audio_tower: the folder holds a tower alone, and all of it runs")
+        step.ok("strategy audio_tower: the folder has a tower only, and all of it runs")
     else:
-        step.ok(f"strategy audio_tower: {spec.tower_path} runs alone, nothing else of the model is loaded")
+        step.ok(f"strategy audio_tower: {spec.tower_path} runs alone; nothing else of the model is loaded")
 
 
 def _placement(step: Step, subject: Subject, spec: EncoderSpec) -> bool:
@@ -74,7 +72,7 @@ def _placement(step: Step, subject: Subject, spec: EncoderSpec) -> bool:
         counts[part] += 2 * len(stage.modules)
         sizes[part] += len(stage.blocks) * lora_size(features, lora.rank)
     step.values["lora"] = {part: {"tensors": counts[part], "parameters": sizes[part]} for part in counts}
-    untraced = "" if path is not None else "; not traced, since there is no forward pass (step 5)"
+    untraced = "" if path is not None else "; not traced, because there was no forward pass (step 5)"
     step.ok(
         f"rank {lora.rank} on {', '.join(placement.targets)}: {counts['tower']} LoRA tensors ({sizes['tower']:,} "
         f"parameters) in the tower, {counts['language_model']} ({sizes['language_model']:,}) outside it{untraced}"
@@ -83,7 +81,7 @@ def _placement(step: Step, subject: Subject, spec: EncoderSpec) -> bool:
 
 
 def _files(step: Step, subject: Subject, spec: EncoderSpec, whole: WholeModel) -> None:
-    """Somebody's configuration or adapter, if one was given."""
+    """Check the given adapter or PEFT configuration, if any."""
     request = subject.request
     origin = request.adapter or request.peft_config
     if origin is None:
@@ -97,7 +95,7 @@ def _files(step: Step, subject: Subject, spec: EncoderSpec, whole: WholeModel) -
 
 
 def _comparison(step: Step, spec: EncoderSpec, whole: WholeModel, rank: int) -> None:
-    """LoRA in the tower against LoRA on everything behind it, at one rank."""
+    """Compare LoRA in the tower with LoRA on everything behind it, at the same rank."""
     tower = spec.tower_alone or spec
     rows = [_tower_row(tower, "tower: attention", ATTENTION, rank)]
     rows.append(_tower_row(tower, "tower: attention and MLP", ATTENTION + MLP, rank))
@@ -113,7 +111,7 @@ def _comparison(step: Step, spec: EncoderSpec, whole: WholeModel, rank: int) -> 
     step.values["comparison"] = {"rank": rank, "rows": rows}
     if behind:
         step.note(
-            f"at rank {rank}, LoRA on the {name} takes {rows[2]['parameters'] / 1e6:.2f}M parameters, "
+            f"at rank {rank}, LoRA on the {name} has {rows[2]['parameters'] / 1e6:.2f}M parameters, "
             f"{rows[2]['ratio']:.1f} times the {rows[0]['parameters'] / 1e6:.2f}M of the tower's attention"
         )
 
@@ -124,9 +122,9 @@ def _tower_row(tower: EncoderSpec, name: str, targets: tuple[str, ...], rank: in
 
 
 def _cost(step: Step, subject: Subject, spec: EncoderSpec) -> None:
-    """Operations by count, memory and time by what step 6 measured for its clips, in proportion to the tokens."""
+    """Operations are counted; memory and time are those measured in step 6, in proportion to the tokens."""
     if subject.sample is None:
-        step.note("the cost of a step is not estimated: there are no clips to count (step 4)")
+        step.note("the cost of a step is not estimated: there are no clips (step 4)")
         return
     request, source = subject.request, subject.sample.source
     train = _train_clips(request.store) if request.store is source else []
@@ -143,11 +141,11 @@ def _cost(step: Step, subject: Subject, spec: EncoderSpec) -> None:
     }
     values = step.values["step"]
     step.ok(
-        f"a step of {batch} clips ({tokens:,.0f} tokens) takes {flops(values['step_flops'])} with cached frozen "
-        f"states, a forward pass of the encoder {flops(values['forward_flops'])} (counted from the shapes)"
+        f"a step of {batch} clips ({tokens:,.0f} tokens) needs {flops(values['step_flops'])} with cached frozen "
+        f"states; a forward pass of the encoder needs {flops(values['forward_flops'])} (counted from the shapes)"
     )
     if subject.measured is None or subject.encoder is None:
-        step.note("time and memory of a step are not estimated: none was measured (step 6)")
+        step.note("time and memory of a step are not estimated: no step was measured (step 6)")
         return
     share = tokens / subject.measured.tokens
     weights = sum(parameter.numel() * parameter.itemsize for parameter in subject.encoder.tower.parameters())
@@ -155,13 +153,13 @@ def _cost(step: Step, subject: Subject, spec: EncoderSpec) -> None:
     memory, seconds = weights + trained + share * subject.measured.activation_bytes, share * subject.measured.seconds
     values |= {"seconds": seconds, "memory_bytes": memory}
     step.ok(
-        f"it takes about {duration(seconds)} and {gib(memory)} here as {subject.measured.setting} (step 6 in "
-        f"proportion to its tokens; weights {gib(weights)}, adapter with AdamW {gib(trained)}, the rest activations)"
+        f"such a step takes about {duration(seconds)} and {gib(memory)} in {subject.measured.setting} (step 6, scaled "
+        f"to these tokens; weights {gib(weights)}, adapter with AdamW {gib(trained)}, the rest activations)"
     )
 
 
 def _space(step: Step, subject: Subject, spec: EncoderSpec) -> None:
-    """Whether every configuration fits, how many there are, and what a search takes."""
+    """Whether every configuration fits, their number, and the time of a search."""
     request = subject.request
     if request.space is not None:
         text_dim = request.store.text_dim if request.store is not None else TEXT_DIM
@@ -194,5 +192,5 @@ def _space(step: Step, subject: Subject, spec: EncoderSpec) -> None:
 
 
 def _train_clips(store: Store) -> list[int]:
-    """Those of a store, none where its training split is empty (step 2 says so)."""
+    """The training clips of a store; none if its training split is empty, which step 2 reports."""
     return [clip for clip, split in enumerate(store.split_names) if split == "train"]

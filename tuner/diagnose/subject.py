@@ -1,4 +1,4 @@
-"""What is diagnosed, and what the steps learn of it for the steps behind them."""
+"""What is diagnosed, and what each step learns for the later steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tuner.lora.path import EncodingPath
 from tuner.space import SearchSpace
 from tuner.train.prefix import FeatureSource
 
-TEXT_DIM = 384  # of the demo's text encoder; where no store says it
+TEXT_DIM = 384  # of the demo's text encoder; used without a store
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class DiagnoseRequest:
 
     Attributes:
         store: prepared data, if any.
-        manifest: or what could be prepared.
+        manifest: or data that is not prepared yet.
         audio_root: of the manifest, see `read_manifest`.
-        adapter: folder of an exported adapter, ours or anybody's.
-        peft_config: an adapter_config.json alone.
-        space: whose every placement is checked, and whose cost is told.
-        trial: the configuration that the steps 6 and 7 train and count.
+        adapter: folder of an adapter, exported by tuner or by PEFT.
+        peft_config: an adapter_config.json without weights.
+        space: a search space, to check every placement and to estimate the cost.
+        trial: the configuration that steps 6 and 7 train and count.
         trials, epochs, batch_size: of a search, for its cost.
     """
 
@@ -56,13 +56,13 @@ class DiagnoseRequest:
 
 @dataclass(frozen=True)
 class Sample:
-    """A few clips that the encoder is tried on.
+    """A few clips to try the encoder on.
 
     Attributes:
         source: their features, as the encoder reads them.
         clips: positions in `source`.
-        origin: in words for people.
-        waveforms: the recordings of some of them at the encoder's rate, [S] each; empty where they are gone.
+        origin: a description for people.
+        waveforms: some of the recordings at the encoder's rate, [S] each; empty if they do not exist any more.
     """
 
     source: FeatureSource
@@ -73,10 +73,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """What one training step of the sample took."""
+    """Cost of one training step on the sample."""
 
     seconds: float
-    tokens: int  # that entered block 0, of all clips
+    tokens: int  # of all clips, at the input of block 0
     activation_bytes: int  # kept for the backward pass
     loss: float
     setting: str  # number format and device, in words
@@ -84,7 +84,7 @@ class MeasuredStep:
 
 @dataclass
 class Subject:
-    """A request and what has been learnt of it so far; a step that needs what is None is skipped."""
+    """A request and what is known so far; a step is skipped if something that it needs is None."""
 
     request: DiagnoseRequest
     spec: EncoderSpec | None = None
@@ -92,5 +92,5 @@ class Subject:
     recordings: Recordings | None = None
     encoder: AudioEncoder | None = None
     sample: Sample | None = None
-    paths: dict[str, EncodingPath] = field(default_factory=dict)  # by the fingerprint of the encoder as far as it runs
+    paths: dict[str, EncodingPath] = field(default_factory=dict)  # by the fingerprint of the part that runs
     measured: MeasuredStep | None = None

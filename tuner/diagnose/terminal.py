@@ -1,4 +1,4 @@
-"""A diagnosis for people, drawn with rich."""
+"""A diagnosis as text for people, with rich."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABELS = {"ok": "OK", "note": "note", "warning": "warning", "error": "error", "s
 
 
 def show(diagnosis: Diagnosis, out: TextIO) -> None:
-    """Each step with its state, each finding with what to do, and at the end how many of them matter."""
+    """Print each step with its state, each finding with its advice, and the number of errors and warnings."""
     console = Console(file=out, highlight=False, soft_wrap=not out.isatty())
     for step in diagnosis.steps:
         _show_step(console, step)
@@ -37,7 +37,7 @@ def _show_step(console: Console, step: Step) -> None:
 
 
 def _line(finding: Finding) -> Text:
-    # As text: sentences hold brackets that rich would take for markup.
+    # As text: rich would read brackets in a sentence as markup.
     line = Text.assemble("  ", (LABELS[finding.level], STYLES[finding.level]), f"  {finding.text}")
     if finding.advice:
         line.append(f"; {finding.advice}")

@@ -1,8 +1,7 @@
-"""The whole model that an encoder is a part of, without weights: which of its linear layers are the tower's.
+"""The whole model around an encoder, without weights: which of its linear layers belong to the tower.
 
-PEFT matches a plain list of target names by suffix over whatever model it is given, so what somebody's list really
-adapts can only be said of the whole model. Its skeleton is built by transformers on the meta device: all names and
-shapes, no memory, no file but config.json.
+PEFT matches a plain list of target names by suffix over the whole model, so the effect of a list depends on all of it.
+transformers builds the model's skeleton on the meta device: all names and shapes, no memory, no file but config.json.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class WholeModel:
     """Linear layers of a whole model by full name, as transformers 5 has them.
 
     Attributes:
-        tower: full name of the audio tower; "" where it is all there is.
+        tower: full name of the audio tower; "" if the model is the tower alone.
         language_model: full name of the language model, if there is one.
     """
 
@@ -49,24 +48,24 @@ class WholeModel:
         return name.removeprefix(f"{self.tower}.") if self.tower else name
 
     def behind_tower(self) -> tuple[str, ...]:
-        """Layers of numbered blocks outside the tower: those of the language model, where there is one."""
+        """Layers of numbered blocks outside the tower: those of the language model, if there is one."""
         part = "language_model" if self.language_model else "elsewhere"
         return tuple(name for name in self.linears if self.part(name) == part and _NUMBER.search(f".{name}."))
 
 
 def lora_size(linears: Iterable[Features], rank: int) -> int:
-    """Numbers in A and B of a LoRA on these layers."""
+    """Number of parameters in A and B of a LoRA on these layers."""
     return sum(rank * (inputs + outputs) for inputs, outputs in linears)
 
 
 def whole_model(spec: EncoderSpec) -> WholeModel:
-    """The model of the encoder's folder; the tower alone where config.json describes nothing around it."""
+    """The model of the encoder's folder; the tower alone if config.json describes nothing else."""
     tower = spec.tower_alone or spec
     if spec.checkpoint != "transformers":
         return _alone(tower)
     try:
         linears = _skeleton(spec.folder)
-    except ValueError:  # transformers has no class for the whole of it
+    except ValueError:  # transformers has no class for the whole model
         return _alone(tower)
     modules = resolve_placement(tower, LoraSpec(rank=1, targets=(ALL_LINEAR,))).modules
     prefix = _prefix(linears, modules, tower.tower_path)
@@ -105,7 +104,7 @@ def _skeleton(folder: Path) -> Mapping[str, Features]:
 
 
 def _prefix(linears: Mapping[str, Features], modules: Iterable[str], expected: str | None) -> str | None:
-    """Where in the whole model all of the tower's modules are; the expected place first, "" for the model itself."""
+    """Path of the tower in the whole model: the expected place first; "" for the model itself."""
     wanted = list(modules)
     places = dict.fromkeys(
         name.removesuffix(wanted[0]).removesuffix(".")
@@ -119,7 +118,7 @@ def _prefix(linears: Mapping[str, Features], modules: Iterable[str], expected: s
 
 
 def _language_model(linears: Iterable[str]) -> str | None:
-    """Of a model whose language model is not run here: where it is, by the name that transformers gives it."""
+    """Path of a language model that does not run here, by the name that transformers uses."""
     found = (re.match(r"(?:.*\.)?language_model(?=\.)", name) for name in linears)
     return next((match.group() for match in found if match), None)
 

@@ -34,7 +34,7 @@ from tuner.lora.placement import Placement, StagePlacement, encoding_spec, resol
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _FILE_PREFIX = "base_model.model."  # where a PeftModel holds the tower
-# Of `_peft_config`, and what PEFT itself notes.
+# Fields that `_peft_config` sets, and those that PEFT itself adds.
 _SETTINGS = frozenset(
     {
         "r",
@@ -50,7 +50,7 @@ _SETTINGS = frozenset(
 
 
 def on_path(encoder: AudioEncoder, lora: LoraSpec | None) -> AudioEncoder:
-    """The encoder as far as a trial with this LoRA runs it, of the same weights; see `encoding_spec`.
+    """The part of the encoder that a trial with this LoRA runs, with the same weights; see `encoding_spec`.
 
     Raises:
         PlacementError: as `encoding_spec`.
@@ -62,11 +62,11 @@ def on_path(encoder: AudioEncoder, lora: LoraSpec | None) -> AudioEncoder:
 def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
     """Put a fresh LoRA called `name` on the encoder that `on_path` gives and make it the active one.
 
-    A and B are fp32 whatever the base is: at bf16 steps of AdamW round away. They are drawn on the CPU from torch's
-    global generator, block by block, so a seed gives the same adapter on every device and base precision.
+    A and B are fp32 for every base precision: in bf16, rounding loses AdamW's steps. They are drawn on the CPU from
+    torch's global generator, block by block, so a seed gives the same adapter on every device and base precision.
 
     Raises:
-        PlacementError: a target does not exist, or PEFT matched other modules than the placement says.
+        PlacementError: a target does not exist, or PEFT matched other modules than the placement has.
     """
     placement = resolve_placement(encoder.spec, lora)
     assert on_path(encoder, lora) is encoder, (
@@ -74,7 +74,7 @@ def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
     )
     assert name not in names(encoder), f"adapter {name} is attached already"
     with _own_peft_config(encoder.tower):
-        # Without weights at first: PEFT would draw them in the base's precision, which loses bits in bf16.
+        # Without weights at first: PEFT would draw them in the base's precision, and bf16 loses bits.
         config = _peft_config(encoder.spec, lora)
         config._register_custom_module({nn.Linear: LoraLinear})
         peft.inject_adapter_in_model(config, encoder.tower, name, low_cpu_mem_usage=True)
@@ -97,7 +97,7 @@ def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
 
 
 def detach(encoder: AudioEncoder, name: str) -> None:
-    """Remove an adapter. A layer that loses its last one is the plain linear layer again, so nothing accumulates."""
+    """Remove an adapter. A layer without adapters becomes the plain linear layer again, so nothing accumulates."""
     if active(encoder) == name:
         activate(encoder, None)
     for path, layer in _layers(encoder, name):
@@ -115,7 +115,7 @@ def activate(encoder: AudioEncoder, name: str | None) -> None:
     assert name is None or name in names(encoder), f"no adapter {name} is attached"
     for _, layer in _layers(encoder):
         layer.set_adapter([] if name is None else [name])
-        # PEFT freezes whatever is not active; in a pack the others still wait for their backward pass.
+        # PEFT freezes adapters that are not active; in a pack the others still need their backward pass.
         layer.set_requires_grad(list(layer.lora_A), True)
 
 
@@ -145,7 +145,7 @@ def dropouts(encoder: AudioEncoder, name: str) -> list[nn.Module]:
 def save_adapter(encoder: AudioEncoder, name: str, folder: Path, lora: LoraSpec) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.from_pretrained(tower, folder)` reads.
 
-    The configuration is renamed into place last: where it is, the adapter is complete.
+    The configuration is renamed into place last: if it exists, the adapter is complete.
 
     Raises:
         AdapterError: the folder cannot be written.
@@ -163,13 +163,13 @@ def save_adapter(encoder: AudioEncoder, name: str, folder: Path, lora: LoraSpec)
             for file in (WEIGHTS_FILE, CONFIG_FILE):
                 (Path(staged) / file).replace(folder / file)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: the adapter cannot be written ({error})") from None
+        raise AdapterError(f"{folder}: cannot write the adapter ({error})") from None
 
 
 def load_adapter(encoder: AudioEncoder, folder: Path, name: str = "default") -> None:
     """Load an exported adapter with plain PEFT and make it the active one.
 
-    PEFT only warns of keys that do not fit and leaves those layers untrained, so the file is compared first.
+    PEFT only warns about keys that do not match and leaves those layers untrained, so the file is compared first.
 
     Raises:
         AdapterError: a file is missing or damaged, tensors are missing, unexpected, misshaped or all zero.
@@ -178,7 +178,7 @@ def load_adapter(encoder: AudioEncoder, folder: Path, name: str = "default") -> 
     config = _read_config(folder)
     _check_tensors(encoder, folder, config)
     with _own_peft_config(encoder.tower), warnings.catch_warnings():
-        # PEFT 0.21 still asks transformers 5 by this property's old name.
+        # PEFT 0.21 still uses the old name of this property of transformers.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         # Wraps the tower and injects into it in place; the wrapper itself is not needed.
         peft.PeftModel.from_pretrained(
@@ -219,7 +219,7 @@ def _layers(encoder: AudioEncoder, name: str | None = None) -> list[tuple[str, A
 
 @contextmanager
 def _own_peft_config(tower: nn.Module) -> Iterator[None]:
-    """Let PEFT see a tower without configurations and merge afterwards: it warns of every further adapter."""
+    """Show PEFT a tower without configurations and merge them afterwards: it warns about every further adapter."""
     before: dict[str, peft.PeftConfig] = tower.__dict__.pop("peft_config", {})
     try:
         yield
@@ -234,7 +234,7 @@ def _mismatch(placement: Placement, matched: list[str]) -> str:
     counts = Counter(path.rpartition(".")[2] for path in matched)
     listed = ", ".join(f"{target} {count}" for target, count in sorted(counts.items())) or "nothing"
     strays = ", ".join(sorted(wanted ^ found)[:3])
-    return f"lora.targets: {len(wanted)} modules planned, but PEFT matched {listed}; they differ in {strays}"
+    return f"lora.targets: tuner planned {len(wanted)} modules, but PEFT matched {listed}; they differ in {strays}"
 
 
 def _read_config(folder: Path) -> peft.LoraConfig:
@@ -244,21 +244,23 @@ def _read_config(folder: Path) -> peft.LoraConfig:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE}: not a PEFT configuration ({error}); export it again") from None
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: is not a PEFT configuration ({error}); export the adapter again"
+        ) from None
     if not isinstance(config, peft.LoraConfig):
-        raise AdapterError(f"{folder / CONFIG_FILE}: is a {config.peft_type}, only LoRA adapters are read")
+        raise AdapterError(f"{folder / CONFIG_FILE}: is a {config.peft_type} adapter; tuner reads LoRA adapters only")
     _refuse_further_settings(config, folder / CONFIG_FILE)
     return config
 
 
 def _refuse_further_settings(config: peft.LoraConfig, path: Path) -> None:
-    """PEFT can be told to import a module or to read further files; nothing but what `_peft_config` sets is needed."""
+    """Some settings make PEFT import a module or read further files; only those of `_peft_config` are needed."""
     plain = peft.LoraConfig()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in _SETTINGS and value != getattr(plain, field.name):
             raise AdapterError(
-                f"{path}: sets {field.name} to {value!r:.60}, which no adapter exported by tuner does; export it again"
+                f"{path}: sets {field.name} to {value!r:.60}, which an adapter of tuner never sets; export it again"
             )
 
 
@@ -267,7 +269,7 @@ def _check_tensors(encoder: AudioEncoder, folder: Path, config: peft.LoraConfig)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise AdapterError(f"{path}: damaged safetensors file ({error}); export the adapter again") from None
+        raise AdapterError(f"{path}: is a damaged safetensors file ({error}); export the adapter again") from None
     wanted: dict[str, tuple[int, ...]] = {}
     for module, layer in encoder.tower.named_modules():
         linear: Any = layer
@@ -284,6 +286,6 @@ def _check_tensors(encoder: AudioEncoder, folder: Path, config: peft.LoraConfig)
     if faults or not wanted:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         fault = faults[0] if faults else "targets no module of this encoder"
-        raise AdapterError(f"{path}: {fault}{more}; the adapter does not fit {encoder.spec.source}")
+        raise AdapterError(f"{path}: {fault}{more}; the adapter was not made for {encoder.spec.source}")
     if not any(bool(tensor.any()) for key, tensor in tensors.items() if ".lora_B." in key):
         raise AdapterError(f"{path}: every lora_B is zero, so this adapter was never trained; export it again")

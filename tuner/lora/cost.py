@@ -8,14 +8,14 @@ layers of I inputs and O outputs each, one token of a clip of T tokens, adapters
     backward  linears 2 I O     adapters twice that      attention twice that
               (to inputs)       (to inputs and weights)  (to scores and values, queries and keys)
 
-In the first adapted block nothing below the first adapted layer is trained, so nothing flows back past it: no gradient
-of its input, none through the layers before it, and none through attention if that comes before it too. Blocks further
+In the first adapted block nothing below the first adapted layer is trained, so no gradient flows back past it: none of
+its input, none through the layers before it, and none through attention if that comes before it too. Blocks further
 down run once, into the prefix cache.
 
-Left out, together below 1 % at the sizes that are worth an estimate: norms, softmax, activation functions, dropout, the
-loss and the optimiser; and CLAP's stem and the merging of its tokens, 4 % of its frozen pass. Attention is counted over
-the window that a stage names (CLAP), else over the whole clip, which is an upper bound for other families with windows
-or causal masks, as are stem convolutions counted at the encoder's full width for wav2vec 2.0 and its kin.
+Omitted, together below 1 % at sizes where an estimate matters: norms, softmax, activation functions, dropout, the loss
+and the optimiser; and CLAP's stem and the merging of its tokens, 4 % of its frozen pass. Attention is counted over the
+window that a stage names (CLAP), else over the whole clip, an upper bound for other families with windows or causal
+masks. So are stem convolutions, counted at the encoder's full width, for wav2vec 2.0 and related families.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class _Rank:
-    """Which layers of a block carry adapters, and how wide the detour is."""
+    """Which layers of a block have adapters, and their rank."""
 
     names: frozenset[str]
     rank: int
@@ -203,10 +203,10 @@ def _forward(stage: Stage, adapted: _Rank | None) -> int:
 
 
 def _backward(stage: Stage, adapted: _Rank | None, entered: bool) -> tuple[int, bool]:
-    """What flows back through linear layers and adapters for each token, and whether it passes attention.
+    """Backward operations of linear layers and adapters for each token, and whether gradient passes attention.
 
     Args:
-        entered: whether something below wants the gradient of the block's input.
+        entered: whether something below needs the gradient of the block's input.
     """
     total, reached = 0, entered
     for group in _along_the_path(stage):

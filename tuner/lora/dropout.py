@@ -1,8 +1,8 @@
 """Dropout for the input of LoRA's A, cheap enough for a CPU.
 
 torch draws one Bernoulli variable after another from its Mersenne Twister: for the input of a 384-wide layer that takes
-longer than the frozen layer itself. Here one 64-bit draw of SFC64 serves eight elements, and kept values pass through
-unchanged bits. The probability is rounded to a multiple of 1/256, and the scale goes with the rounded one.
+longer than the frozen layer itself. Here one 64-bit draw of SFC64 serves eight elements, and the bits
+of kept values stay unchanged. The probability is rounded to a multiple of 1/256, and the scale uses the rounded value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BITS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
 class LoraDropout(nn.Module):
     """Inverted dropout (Srivastava et al. 2014) with torch's own on accelerators, where it costs nothing.
 
-    Each mask takes one number from torch's global generator, so a random stream that is restored gives it again.
+    Each mask takes one number from torch's global generator, so a restored random stream gives the same mask.
     """
 
     def __init__(self, p: float) -> None:
@@ -44,11 +44,11 @@ class LoraDropout(nn.Module):
         return kept * self.scale
 
     def draw_mask(self, x: Tensor) -> Tensor:
-        """A mask for `keep`: integers as wide as `x`, all bits set where an element stays and none where it goes."""
+        """A mask for `keep`: integers as wide as `x`, all bits set where an element is kept, none elsewhere."""
         generator = np.random.SFC64(int(torch.randint(2**63 - 1, ())))
         words: Any = generator.random_raw(-(-x.numel() // _WORD))
         stays = words.view(np.uint8)[: x.numel()] >= self.threshold
-        # As wide at once: a product of unlike integers would convert the mask anew for each use.
+        # As wide as the data: an operation on different integer types would convert the mask again at each use.
         return torch.from_numpy(stays.view(np.int8)).to(_BITS[x.itemsize]).neg_().view(x.shape)
 
     def extra_repr(self) -> str:

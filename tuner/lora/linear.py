@@ -1,9 +1,9 @@
 """A linear layer with its LoRA as one step of training, on a CPU. A torch module.
 
 PEFT's forward is `base(x) + lora_B(lora_A(dropout(x))) * scaling`: three passes over the wide output besides the
-products, as many in backward, and a copy of the dropped input kept for it. Here the low-rank product is added inside
-the matrix product (its `beta`), the scaling goes into the small B, and of dropout only the mask is kept. What is
-measured or exported runs PEFT's own forward.
+products, as many in backward, and a copy of the input after dropout is kept for it. Here the low-rank product is added
+inside the matrix product (its `beta`), the scaling goes into the small B, and of dropout only the mask is kept.
+Evaluation and exported adapters use PEFT's own forward.
 
 Shapes: N tokens, I inputs, O outputs, r rank.
 """
@@ -70,7 +70,7 @@ class _Joined(torch.autograd.Function):
             if bias_O is None:
                 output_NO.addmm_(low_Nr, small_Or.T)
             else:
-                # The bias rides along as one more column; `addmm` would first copy it to every row.
+                # The bias is one more column; `addmm` would first copy it to every row.
                 ones_N1 = low_Nr.new_ones(len(low_Nr), 1)
                 output_NO.addmm_(torch.cat([low_Nr, ones_N1], 1), torch.cat([small_Or, bias_O[:, None]], 1).T)
         ctx.save_for_backward(x_NI, weight_OI, small_rI, small_Or, low_Nr, mask_NI)

@@ -1,9 +1,9 @@
-"""The encoding path that really runs: which linear layers reach the embedding, from one traced pass. A torch module.
+"""Which linear layers the embedding depends on, found by tracing one forward pass. A torch module.
 
-A name says little. A layer may be called and its output dropped; and an attention that hands the weights of its
-projections to a fused function never calls them, so a LoRA on them changes nothing and has no gradient, without a word
-from PEFT. So one real forward pass is traced and a random projection of the pooled embedding sent backwards: a layer
-is on the path when it was called and gradient comes back to its output.
+A layer's name does not tell. A layer may be called and its output dropped. An attention that passes the weights of its
+projections to a fused function never calls them, so a LoRA on them changes nothing and has no gradient, and PEFT does
+not warn. So one real forward pass is traced, and the gradient of a random projection of the pooled embedding is
+computed. A layer is on the path if it was called and gradient comes back to its output.
 
 Shapes: B clips, C channels, F frames, D width.
 """
@@ -34,13 +34,13 @@ MIN_TOKENS = 8
 
 @dataclass(frozen=True)
 class TracedLinear:
-    """A linear layer of the encoder and what one forward pass did with it."""
+    """A linear layer of the encoder and its use in one forward pass."""
 
     name: str  # below the tower
     in_features: int
     out_features: int
     calls: int
-    rows: int  # input vectors of all calls, with those that packing leaves behind the last clip
+    rows: int  # input vectors of all calls, padding rows behind the last clip included
     reached: bool  # gradient of the embedding came back to the output of a call
 
     @property
@@ -51,11 +51,11 @@ class TracedLinear:
 
 @dataclass(frozen=True)
 class EncodingPath:
-    """All linear layers of an encoder, in the order of its modules, as one forward pass of some clips met them."""
+    """All linear layers of an encoder, in the order of its modules, as one forward pass of some clips used them."""
 
     linears: tuple[TracedLinear, ...]
     clips: int
-    tokens: int  # output tokens of these clips, the ones that are pooled
+    tokens: int  # output tokens of these clips, which are pooled
 
     @property
     def on_path(self) -> tuple[TracedLinear, ...]:
@@ -74,9 +74,9 @@ class EncodingPath:
 
 
 def trace_path(encoder: AudioEncoder, features: Sequence[NDArray[np.float32]], frames: Sequence[int]) -> EncodingPath:
-    """Run the encoder once on a few clips and see which of its linear layers the embedding depends on.
+    """Run the encoder once on a few clips and find the linear layers that the embedding depends on.
 
-    Adapters on it rest meanwhile.
+    Adapters on it are inactive meanwhile.
 
     Args:
         features: of B clips, [C, F] each; clips of `MIN_TOKENS` tokens or more, see there.
@@ -122,7 +122,7 @@ class _Trace:
 
     @contextmanager
     def watching(self, linears: dict[str, nn.Linear]) -> Iterator[None]:
-        """Note every call of these layers; their hooks are gone afterwards."""
+        """Record every call of these layers; the hooks are removed afterwards."""
         handles = [linear.register_forward_hook(self._hook(name)) for name, linear in linears.items()]
         try:
             yield
@@ -134,7 +134,7 @@ class _Trace:
         """Differentiate a random projection of the embedding by the output of every call."""
         if not pooled_BD.requires_grad or not self._outputs:
             return
-        # Random, since a constant direction is one that a final layer norm removes.
+        # Random, because a final layer norm removes a constant direction.
         direction_BD = torch.randn(pooled_BD.shape, generator=torch.Generator().manual_seed(0)).to(pooled_BD.device)
         outputs = [output for _, output in self._outputs]
         # Not `backward`, which would leave gradient in adapters that wait for their own.
@@ -144,7 +144,7 @@ class _Trace:
                 self.reached.add(name)
 
     def linears(self, linears: dict[str, nn.Linear]) -> Iterator[TracedLinear]:
-        """What became of each."""
+        """The record of each layer."""
         for name, linear in linears.items():
             yield TracedLinear(
                 name, linear.in_features, linear.out_features, self.calls[name], self.rows[name], name in self.reached
@@ -154,8 +154,8 @@ class _Trace:
         def attach(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             self.calls[name] += 1
             self.rows[name] += output.numel() // output.shape[-1]
-            # Frozen weights leave no graph behind them: it has to begin at the first output that gradient can come to.
-            # A copy, because what follows may write in place, which a leaf does not allow.
+            # Frozen weights build no graph, so it has to begin at the first output that gradient can reach. A copy,
+            # because later code may write in place, which a leaf does not allow.
             attached = output if output.requires_grad else output.detach().requires_grad_().clone()
             if attached.requires_grad:
                 self._outputs.append((name, attached))
@@ -165,7 +165,7 @@ class _Trace:
 
 
 def clips_to_trace(tokens: NDArray[np.int64], count: int = 2) -> NDArray[np.int64]:
-    """Positions of the shortest clips that show everything, or of the longest where all are shorter than that.
+    """Positions of the shortest clips of at least `MIN_TOKENS`, or of the longest clips if all are shorter.
 
     Args:
         tokens: of each of N clips.
@@ -176,31 +176,31 @@ def clips_to_trace(tokens: NDArray[np.int64], count: int = 2) -> NDArray[np.int6
 
 
 def check_placement(placement: Placement, path: EncodingPath, policy: OffPath) -> str | None:
-    """Compare the modules that a LoRA wants with those that the embedding depends on.
+    """Compare a LoRA's modules with those that the embedding depends on.
 
     Returns:
-        None where all of them are on the path; with the policy `warn`, the sentence to tell the user.
+        None where all of them are on the path; with the policy `warn`, a sentence for the user.
 
     Raises:
-        PlacementError: with the policy `refuse`, a module is off the path; says which, why, and what is on it.
+        PlacementError: with the policy `refuse`, a module is off the path; names it, the reason, and the path's layers.
     """
     known = {linear.name: linear for linear in path.linears}
     lost = [name for name in placement.modules if name not in known or not known[name].reached]
     if not lost:
         return None
     first = known.get(lost[0])
-    why = "not there" if first is None else "never called" if first.calls == 0 else "called, but bypassed"
-    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    why = "not there" if first is None else "never called" if first.calls == 0 else "called, but its output is not used"
     sentence = (
-        f"lora.targets: {lost[0]} ({why}){more} of {len(placement.modules)} modules do not reach the embedding, so a "
-        f"LoRA there learns nothing; on the encoding path are {describe(path.on_path) or 'no linear layers'}"
+        f"lora.targets: the embedding does not depend on {len(lost)} of {len(placement.modules)} modules ({lost[0]}: "
+        f"{why}), so a LoRA there learns nothing; on the encoding path are "
+        f"{describe(path.on_path) or 'no linear layers'}"
     )
     if policy == "warn":
         return sentence
-    raise PlacementError(f"{sentence}; leave the others out, or allow them with --off-path warn")
+    raise PlacementError(f"{sentence}; remove the others from the targets, or allow them with --off-path warn")
 
 
 def describe(linears: Sequence[TracedLinear]) -> str:
-    """Layers by name with how many there are of each, numbers left out: `layers.*.self_attn.q_proj 4, proj 1`."""
+    """Layers by name with the count of each, `*` for numbers: `layers.*.self_attn.q_proj 4, proj 1`."""
     counts = Counter(re.sub(r"\b\d+\b", "*", linear.name) for linear in linears)
     return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,4 +1,4 @@
-"""Where a LoRA goes in an encoder and what it costs, known exactly before any weight is loaded. No torch here."""
+"""The modules that a LoRA adapts and its number of parameters, exact before any weight is loaded. No torch here."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Placement:
 
 
 def encoding_spec(spec: EncoderSpec, lora: LoraSpec | None) -> EncoderSpec:
-    """The encoder as far as a trial runs it: to the end of its tower, or on through the language model.
+    """The part of the encoder that a trial runs: to the end of its tower, or on through the language model.
 
-    The embedding leaves where the adapted part ends, so a trial of `tower`, or without LoRA, costs and gives the same
-    whether a language model is loaded or not.
+    The embedding is taken where the adapted part ends. So a trial of `tower`, or without LoRA, costs the same and gives
+    the same embedding, whether a language model is loaded or not.
 
     Raises:
-        PlacementError: the LoRA goes into a language model that is not there, or that the encoder's path never runs.
+        PlacementError: the LoRA is on a language model that does not exist, or that the encoder's path never runs.
     """
     if lora is None or lora.placement == "tower":
         return spec.tower_alone or spec
@@ -63,8 +63,8 @@ def encoding_spec(spec: EncoderSpec, lora: LoraSpec | None) -> EncoderSpec:
         return spec
     if spec.language_model_path is None:
         raise PlacementError(
-            f"lora.placement: {spec.source} ({spec.family}) has no language model that could be adapted; give tower "
-            "instead of " + lora.placement
+            f"lora.placement: {spec.source} ({spec.family}) has no language model to adapt; give tower instead of "
+            + lora.placement
         )
     raise PlacementError(
         f"lora.placement: {lora.placement} adapts the language model of {spec.source}, which the path {spec.path} "
@@ -75,12 +75,12 @@ def encoding_spec(spec: EncoderSpec, lora: LoraSpec | None) -> EncoderSpec:
 def resolve_placement(spec: EncoderSpec, lora: LoraSpec) -> Placement:
     """Resolve aliases and a negative `first_layer` against one encoder; targets named twice count once.
 
-    Modules and layers are those of the `encoding_spec`. Each part that is adapted takes those of the targets that it
-    has, from its own `first_layer` on.
+    Modules and layers are those of the `encoding_spec`. In each adapted part the LoRA takes the targets that the part
+    has, from the part's own `first_layer` on.
 
     Raises:
         PlacementError: as `encoding_spec`; a target that no block has, or a first layer that does not exist; lists
-            what is there.
+            those that exist.
     """
     spec = encoding_spec(spec, lora)
     parts = _PARTS[lora.placement]
@@ -105,7 +105,7 @@ def resolve_placement(spec: EncoderSpec, lora: LoraSpec) -> Placement:
 
 
 def lora_parameters(spec: EncoderSpec, lora: LoraSpec) -> int:
-    """Numbers in all A (rank x in) and B (out x rank) of one LoRA.
+    """Number of parameters in all A (rank x in) and B (out x rank) of one LoRA.
 
     Raises:
         PlacementError: as `resolve_placement`.
@@ -120,7 +120,7 @@ def head_parameters(spec_hidden: int, head: HeadSpec, text_dim: int) -> int:
 
 
 def trainable_parameters(spec: EncoderSpec, config: TrialConfig, text_dim: int) -> int:
-    """All numbers that one trial trains: LoRA, head, the logit scale if learnt, and the logit bias of SigLIP.
+    """Number of parameters that one trial trains: LoRA, head, logit scale if learned, and SigLIP's logit bias.
 
     Raises:
         PlacementError: as `resolve_placement`.
@@ -149,7 +149,7 @@ def _check_targets(spec: EncoderSpec, parts: tuple[Part, ...], names: Iterable[s
         hint = f"; did you mean {near[0]}?" if near else ""
         raise PlacementError(
             f"lora.targets: the blocks of {_BLOCKS_OF[parts[0]]}{spec.source} ({spec.family}) have no {name!r}; "
-            f"there are {', '.join(there)}{hint}"
+            f"they have {', '.join(there)}{hint}"
         )
 
 

@@ -1,9 +1,9 @@
-"""Which clips meet in a batch, which caption each brings, and how a batch is cut into forward passes.
+"""Which clips form a batch, which caption each clip gets, and how a batch is cut into forward passes.
 
-The order depends on the data seed and the epoch alone, so every trial of a study sees the same batches and a resumed
-trial goes on with the ones it would have seen. Batches are drawn at random over all lengths, so the negatives are not
-sorted by length; only inside a batch are clips of similar length put into one forward pass. The loss of the whole
-batch is therefore the same, whatever the cut.
+The order depends on the data seed and the epoch alone, so every trial of a study sees the same batches, and a resumed
+trial goes on with the batches that it would have seen. Batches are drawn at random over all lengths, so the negatives
+are not sorted by length; only inside a batch, clips of similar length share a forward pass. So the loss of the whole
+batch does not depend on the cut.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def forward_groups(lengths: Sequence[int] | NDArray[np.int64], tokens_per_forwar
     """Cut positions 0..n-1 into groups of similar length whose tokens stay within the budget.
 
     Returns groups by falling length: clips of similar length attend together, and the largest attention comes first,
-    so memory shows its peak at once. A single clip longer than the budget is a group of its own.
+    so memory reaches its peak at once. A single clip longer than the budget is a group of its own.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     total = np.cumsum(np.asarray(lengths)[order])

@@ -49,9 +49,9 @@ def find_recordings(paths: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise DataError(f"{path}: no such recording or folder")
+            raise DataError(f"{path}: no such file or folder; give recordings or folders of recordings")
     if not found:
-        raise DataError(f"{paths[0]}: no recordings here (wav, flac, ogg, mp3)")
+        raise DataError(f"{paths[0]}: no recordings in this folder; it needs audio files such as wav, flac, ogg or mp3")
     return found
 
 
@@ -61,7 +61,7 @@ def embed_files(
     """Write `path`, `seconds` and `embedding` of each usable recording to a Parquet file.
 
     Returns:
-        How many were written, and the others with the reason.
+        Number of recordings written, and the others, each with the reason.
 
     Raises:
         DataError: the disk is full, or none of the recordings can be used.

@@ -1,4 +1,4 @@
-"""Load an exported adapter with plain PEFT and measure it: where every number of a front comes from.
+"""Load an exported adapter with plain PEFT and measure it. Every number of a front is measured this way.
 
 Confirmation of a front and `tuner evaluate` are the same call on the same files, so they agree to the last digit on one
 machine: same forward passes, same number format, no training-time cache.
@@ -66,16 +66,18 @@ class LoadedAdapter:
 
 
 def load(folder: Path, encoder: EncoderRef | None = None, device: str = "cpu") -> LoadedAdapter:
-    """Load encoder, adapter and head; `encoder` says where the encoder is if no longer where the card says.
+    """Load encoder, adapter and head; `encoder` gives the encoder's place if it is not the one in the card any more.
 
     Raises:
-        AdapterError: the adapter misses tensors, has unexpected ones, or was made for another encoder.
+        AdapterError: tensors are missing or unexpected, or the adapter was made for another encoder.
         EncoderError: the encoder cannot be loaded.
     """
     card = read_card(folder)
     spec = inspect_encoder(encoder or card.encoder)
     if spec.fingerprint != card.encoder_fingerprint:
-        raise AdapterError(f"{folder}: made for another encoder than {spec.source}; name the right one with --encoder")
+        raise AdapterError(
+            f"{folder}: this adapter was made for another encoder than {spec.source}; name its own with --encoder"
+        )
     return attach_exported(folder, card, load_encoder(spec, dtype_of(card.precision), device))
 
 
@@ -100,7 +102,7 @@ def check_store(card: Card, features_fingerprint: str, store: Store) -> None:
         features_fingerprint: of the adapter's encoder.
 
     Raises:
-        AdapterError: says which of the two differs.
+        AdapterError: names which of the two differs.
     """
     for part, made_for, given in (
         ("audio encoder", features_fingerprint, store.encoder_fingerprint),
@@ -108,7 +110,7 @@ def check_store(card: Card, features_fingerprint: str, store: Store) -> None:
     ):
         if made_for != given:
             raise AdapterError(
-                f"adapter {card.trial}: the data was prepared with another {part}; prepare it with the adapter's own"
+                f"adapter {card.trial}: the data was prepared with another {part}; prepare it with the adapter's {part}"
             )
 
 

@@ -1,4 +1,4 @@
-"""A trained adapter as files anybody can load: PEFT's own two, the head, the configuration and a card.
+"""A trained adapter as files that anybody can load: PEFT's own two, the head, the configuration and a card.
 
 adapter_config.json, adapter_model.safetensors   PEFT, for the encoder tower (absent for the projection alone)
 head.safetensors                                 projection, logit scale and bias
@@ -36,7 +36,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Card:
-    """What an exported adapter was made for; everything that must fit before it is used."""
+    """What an exported adapter was made for: everything that must match before it is used."""
 
     trial: str
     encoder: EncoderRef
@@ -59,7 +59,7 @@ class Card:
 
 
 def make_card(member: Member, store: Store, settings: RunSettings, precision: Precision) -> Card:
-    """Describe a trained member: its encoder as far as it runs it, which is what it needs to be loaded again."""
+    """Describe a trained member. The encoder's path is the part that this member runs, which is what loading needs."""
     placement = member.placement
     return Card(
         trial=member.trial,
@@ -89,7 +89,7 @@ def export_adapter(member: Member, card: Card, settings: RunSettings, folder: Pa
             _write(member, card, settings, staged)
     except (OSError, SafetensorError) as error:
         raise AdapterError(
-            f"{folder}: the adapter cannot be written ({error}); make room there and run it again"
+            f"{folder}: cannot write the adapter ({error}); free disk space there and run the command again"
         ) from None
 
 
@@ -112,16 +112,16 @@ def read_card(folder: Path) -> Card:
     """
     path = folder / CARD_FILE
     if not path.is_file():
-        raise AdapterError(f"{folder}: no {CARD_FILE} here; give a folder that `tuner search` wrote under adapters/")
+        raise AdapterError(f"{folder}: has no {CARD_FILE}; give a folder that `tuner search` wrote below adapters/")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if (found := values.pop("format")) != FORMAT:
-            raise AdapterError(f"{path}: format {found}, this program reads {FORMAT}; export the adapter again")
+            raise AdapterError(f"{path}: has format {found}, this version reads {FORMAT}; export the adapter again")
         values["encoder"] = EncoderRef.parse(values["encoder"], "encoder")
         values["config"] = TrialConfig.parse(values["config"], "config")
         return Card(**{**values, "target_modules": tuple(values["target_modules"]), "layers": tuple(values["layers"])})
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise AdapterError(f"{path}: damaged ({' '.join(str(error).split())}); export the adapter again") from None
+        raise AdapterError(f"{path}: is damaged ({' '.join(str(error).split())}); export the adapter again") from None
 
 
 def load_head(folder: Path, card: Card, encoder: AudioEncoder) -> tuple[ProjectionHead, ContrastiveLoss]:
@@ -139,5 +139,7 @@ def load_head(folder: Path, card: Card, encoder: AudioEncoder) -> tuple[Projecti
     try:
         modules.load_state_dict(load_file(path))
     except (RuntimeError, SafetensorError) as error:
-        raise AdapterError(f"{path}: does not fit its card ({' '.join(str(error).split())})") from None
+        raise AdapterError(
+            f"{path}: does not match {CARD_FILE} ({' '.join(str(error).split())}); export the adapter again"
+        ) from None
     return head.eval(), loss

@@ -37,7 +37,7 @@ class ContrastiveLoss(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Clamp the parameter itself, not its use: a clamp in the forward pass has no gradient to come back by."""
+        """Clamp the parameter itself: a clamp in the forward pass has zero gradient, so it would never recover."""
         self.log_scale.clamp_(max=MAX_LOG_SCALE)
 
     def forward(self, audio_BD: Tensor, text_BD: Tensor, same_BB: Tensor) -> Tensor:

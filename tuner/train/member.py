@@ -1,7 +1,7 @@
-"""One adapter of a pack with everything that is its own: weights, temperature, optimiser, schedule, random stream.
+"""One adapter of a pack with its own state: weights, temperature, optimiser, schedule, random stream.
 
-A member shares the frozen encoder and the mini-batches with its neighbours and nothing else, so that it trains in a
-pack exactly as it would alone.
+A member shares only the frozen encoder and the mini-batches with its neighbours, so it trains in a pack exactly as it
+would alone.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ CHECKPOINT_FORMAT = 1
 class Member:
     """An adapter attached to a shared encoder, at the start of its training or where a checkpoint left it.
 
-    Its `encoder` is the shared one as far as this trial runs it: to the end of the tower unless its LoRA goes beyond.
+    Its `encoder` is the part of the shared one that this trial runs: the tower, unless its LoRA goes beyond.
     """
 
     def __init__(self, trial: str, config: TrialConfig, encoder: AudioEncoder, text_dim: int, total_steps: int) -> None:
         encoder = lora_adapter.on_path(encoder, config.lora)
         self.trial, self.config, self.encoder = trial, config, encoder
         self.epoch = 0
-        # Of the epoch that is under way.
+        # Of the current epoch.
         self.steps, self.seconds = 0, 0.0
         self.losses: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
@@ -65,7 +65,7 @@ class Member:
 
     @property
     def trainable_parameters(self) -> int:
-        """Numbers that the optimiser moves: LoRA, head, learnt temperature and bias."""
+        """Number of values that the optimiser changes: LoRA, head, learned temperature and bias."""
         return sum(parameter.numel() for parameter in self.shared_parameters() + self._loss_parameters())
 
     def shared_parameters(self) -> list[nn.Parameter]:
@@ -77,7 +77,7 @@ class Member:
 
     @contextmanager
     def random_stream(self) -> Iterator[None]:
-        """Draw from this member's own random stream (initialisation, dropout) and leave the global one as it was."""
+        """Draw from this member's own random stream (initialisation, dropout) and leave the global one unchanged."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if self._random:
@@ -135,20 +135,22 @@ class Member:
         """Go on from `state`.
 
         Raises:
-            StudyError: the checkpoint is of another configuration, or its tensors are not those of this adapter.
+            StudyError: the checkpoint belongs to another configuration, or its tensors do not match this adapter.
         """
         try:
             self._restore(state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise StudyError(f"checkpoint of {self.trial}: damaged ({reason}); remove it to start over") from None
+            raise StudyError(
+                f"checkpoint of {self.trial}: is damaged ({reason}); delete it to start the trial again"
+            ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
-        # Compared as configurations: a field that is newer than the checkpoint has its default there.
+        # Compared as configurations: a field that is newer than the checkpoint gets its default.
         config = TrialConfig.parse(state["config"], f"checkpoint of {self.trial}")
         if state["format"] != CHECKPOINT_FORMAT or config != self.config:
             raise StudyError(
-                f"checkpoint of {self.trial}: made by another configuration or version; remove it to start over"
+                f"checkpoint of {self.trial}: is of another configuration or version; delete it to restart the trial"
             )
         with torch.no_grad():
             for parameter, saved in zip(self.lora_parameters, state["lora"], strict=True):
@@ -159,20 +161,20 @@ class Member:
         self.scheduler.last_epoch = state["scheduler"]
         self._random = state["random"]
         self.epoch, self.history = state["epoch"], list(state["history"])
-        # Older checkpoints were made at the end of an epoch alone.
+        # Older checkpoints were written at the end of an epoch only.
         within = state.get("within_epoch", {"steps": 0, "seconds": 0.0, "losses": []})
         self.steps, self.seconds = within["steps"], within["seconds"]
         self.losses = [loss.to(self.device) for loss in within["losses"]]
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint under a temporary name and rename it: a killed worker leaves the last one whole."""
+        """Write a checkpoint under a temporary name and rename it: a killed worker leaves the last one intact."""
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".tmp")
         try:
             torch.save(self.state(), staged)
             staged.replace(path)
         except BaseException:
-            # Half a file would take the space that is missing.
+            # Half a file would use the space that is missing.
             staged.unlink(missing_ok=True)
             raise
 
@@ -186,11 +188,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint written by `Member.save`; tensors and plain values only, nothing is executed.
 
     Raises:
-        StudyError: the file is cut off, no checkpoint, or holds what would have to be executed.
+        StudyError: the file is cut off, is no checkpoint, or holds objects that would have to be executed.
     """
     try:
         state: object = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251, tensors alone
-    # What torch makes of a damaged file depends on where the damage is.
+    # The error that torch raises depends on where the file is damaged.
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
         state = None
     except OSError as error:
@@ -223,7 +225,7 @@ def _optimizer(
 ) -> torch.optim.AdamW:
     groups = [
         {"params": head, "lr": spec.head_lr, "weight_decay": spec.weight_decay},
-        # Decay would pull the temperature towards 1, which is a choice nobody made.
+        # Weight decay would pull the temperature towards 1, which nobody asked for.
         {"params": loss, "lr": spec.head_lr, "weight_decay": 0.0},
     ]
     if lora:

@@ -1,4 +1,4 @@
-"""From hidden states to one L2-normalised embedding a clip: blocks, pooling over real tokens, projection.
+"""From hidden states to one L2-normalised embedding for each clip: blocks, pooling over real tokens, projection.
 
 Shapes: B clips, N tokens of all clips end to end, H encoder width, D text embedding width.
 """
@@ -48,8 +48,8 @@ def encoder_precision(encoder: AudioEncoder) -> Iterator[None]:
     """Run the frozen encoder in its own number format with fp32 adapters on it.
 
     On a bf16 base, autocast rounds the small A and B to bf16 for their products (their master weights and gradients
-    stay fp32), and PEFT's own cast is off: it would copy every activation to fp32 and multiply there, which costs more
-    than the adapted layer itself.
+    stay fp32), and PEFT's own cast is off: it would copy every activation to fp32 and multiply in fp32, which costs
+    more than the adapted layer itself.
     """
     reduced = encoder.dtype == torch.bfloat16
     with (
@@ -64,7 +64,7 @@ def pool_clips(
 ) -> Tensor:
     """Pooled encoder states BH of clips, in their order, by forward passes of at most `budget` tokens.
 
-    The adapter that is active on the encoder at the time is the one that runs.
+    Runs the adapter that is active on the encoder.
 
     Args:
         lengths: tokens of each of these clips that enter block `prefix.depth`.

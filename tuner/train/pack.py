@@ -1,4 +1,4 @@
-"""Train and validate a pack of adapters on one frozen encoder. The reference loop: one adapter's forward after another.
+"""Train and validate a pack of adapters on one frozen encoder. The reference loop: one adapter after another.
 
 Members of a pack at the same epoch see the same mini-batches, so they share batch order, captions, text embeddings and
 the frozen prefix; everything else is each member's own (see `member.py`).
@@ -59,7 +59,7 @@ class Pack:
         self.text_MD = torch.from_numpy(np.array(self.store.text_embeddings)).to(self.device)
         self._prefixes: dict[int, Prefix] = {}
         self._lengths: dict[int, NDArray[np.int64]] = {}
-        self._paths: dict[str, EncodingPath] = {}  # by the fingerprint of the encoder as far as a member runs it
+        self._paths: dict[str, EncodingPath] = {}  # by the fingerprint of the part of the encoder that a member runs
         self._frozen_table: Tensor | None = None
 
     @property
@@ -72,7 +72,7 @@ class Pack:
 
         Raises:
             PlacementError: a module does not exist, or the embedding does not depend on it (see `check_placement`).
-            StudyError: the checkpoint is of another configuration.
+            StudyError: the checkpoint belongs to another configuration.
         """
         member = Member(trial, config, self.encoder, self.store.text_dim, self.total_steps)
         try:
@@ -115,7 +115,7 @@ class Pack:
 
     @property
     def prefix_use(self) -> PrefixUse:
-        """What the prefix caches of this pack have been good for."""
+        """How much this pack has used its prefix caches."""
         return prefix_use(self._prefixes.values())
 
     def lengths(self, member: Member) -> NDArray[np.int64]:
@@ -128,16 +128,16 @@ class Pack:
     def train_epoch(
         self, trials: Sequence[str], progress: StepProgress | None = None
     ) -> dict[str, EpochRow | TrialFailed]:
-        """One epoch of these members, which must all stand at the same epoch, or the rest of it for a member that a
-        checkpoint left within it.
+        """Train one epoch of these members, which must all be at the same epoch; of a member whose checkpoint was
+        written within the epoch, train the rest.
 
         Args:
-            progress: called after each step with its number and the number of all; at that moment each member can be
-                saved, and what it raises ends the epoch.
+            progress: called after each step with its number and the total; each member can be saved at that moment. An
+                exception that it raises ends the epoch.
 
         Returns:
             For each member its row (`epoch`, `loss`, `train_seconds`, `clips_per_second`, `logit_scale`), or the
-            failure that ended it; the others are not affected by it.
+            failure that ended it; a failure does not affect the others.
 
         Raises:
             RuntimeError: as `contain`.
@@ -173,17 +173,17 @@ class Pack:
         return rows
 
     def contain(self, trial: str, error: RuntimeError) -> TrialFailed:
-        """The failure of one trial that an error inside its step is, when this process can go on after it.
+        """Turn an error inside a trial's step into the failure of that trial, if this process can go on.
 
         Raises:
-            RuntimeError: `error` itself, when it cannot: other workers wait inside the same step, or the device is in
-                no defined state.
+            RuntimeError: `error` itself, if it cannot: other workers wait inside the same step, or the device is
+                in an undefined state.
         """
         if self.context.workers.world > 1 or isinstance(error, torch.AcceleratorError):
             raise error
         self.members[trial].optimizer.zero_grad(set_to_none=True)
         if isinstance(error, torch.OutOfMemoryError):
-            # The blocks of one that was too large are of no use to its neighbours.
+            # Free the cached blocks of the trial that was too large, for its neighbours.
             torch.cuda.empty_cache()
         return TrialFailed(first_line(error))
 
@@ -208,7 +208,7 @@ class Pack:
         loss: Tensor = member.loss(audio_BD, self.text_MD[torch.from_numpy(batch.captions_B).to(self.device)], same_BB)
         value = float(loss.detach())
         if not math.isfinite(value):
-            reason = f"loss became {value} in epoch {member.epoch + 1}; lower the learning rates"
+            reason = f"the loss became {value} in epoch {member.epoch + 1}; lower the learning rates"
             raise TrialFailed(self._poisoned(batch.clips_B) or reason)
         loss.backward()  # type: ignore[no-untyped-call]
         workers.sum_gradients(member.shared_parameters())
@@ -225,7 +225,7 @@ class Pack:
         return pool_clips(member.encoder, prefix, clips, lengths, self.settings.tokens_per_forward)
 
     def _frozen_pooled(self, clips: NDArray[np.int64]) -> Tensor:
-        """Pooled states of the tower as it is: without LoRA nothing before the head ever changes."""
+        """Pooled states of the frozen tower: without LoRA nothing before the head changes."""
         if self._frozen_table is None:
             encoder, budget, source = self.encoder.tower_alone, self.settings.tokens_per_forward, self.prefix(0)
             activate(encoder, None)
@@ -236,7 +236,7 @@ class Pack:
 
     @torch.no_grad()
     def embed(self, trial: str, clips: NDArray[np.int64]) -> Tensor:
-        """Embeddings of clips, fp32 [len(clips), D], shared out over the workers; every worker gets all rows."""
+        """Embeddings of clips, fp32 [len(clips), D], divided among the workers; every worker gets all rows."""
         member, workers = self.members[trial], self.context.workers
         lengths = self.lengths(member)[clips]
         positions = [shard(lengths, rank, workers.world) for rank in range(workers.world)]
@@ -247,7 +247,7 @@ class Pack:
         """Retrieval of a split's clips against the distinct captions of that split.
 
         Raises:
-            TrialFailed: out of memory, or an embedding is not finite, so nothing can be ranked by it.
+            TrialFailed: out of memory, or an embedding is not finite, so nothing can be ranked.
             RuntimeError: as `contain`.
         """
         clips = self.store.split(split)
@@ -262,19 +262,19 @@ class Pack:
         return retrieve_split(self.store, clips, audio_ND)
 
     def _poisoned(self, clips: NDArray[np.int64]) -> str | None:
-        """The first of these clips whose stored features no training survives, in a sentence."""
+        """A sentence about the first of these clips whose stored features are not finite; None if there is none."""
         for clip in clips.tolist():
             if not np.isfinite(self.store.features(clip)).all():
                 name, audio = self.store.clip_ids[clip], self.store.audio[clip]
                 return (
                     f"the features of clip {name} ({audio}, row {clip} of {self.store.folder}) are not finite; "
-                    "prepare the data again, without this recording if it stays so"
+                    "prepare the data again; if that does not help, remove this recording"
                 )
         return None
 
 
 def retrieve_split(store: Store, clips: NDArray[np.int64], audio_ND: Tensor) -> Retrieval:
-    """Rank these clips against the distinct captions that they own."""
+    """Rank these clips against their own distinct captions."""
     owned = [store.clip_captions(int(clip)) for clip in clips]
     gallery = np.unique(np.concatenate(owned))
     text_MD = torch.from_numpy(np.asarray(store.text_embeddings[gallery])).to(audio_ND.device)

@@ -1,4 +1,4 @@
-"""In which number format the frozen encoder runs: bf16 where this machine multiplies faster in it, else fp32."""
+"""Number format of the frozen encoder: bf16 where this machine multiplies faster in it, else fp32."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from tuner.config import Precision
 
-# Below this the conversions around the matrix products eat what bf16 gains.
+# Below this, conversions around the matrix products cost more than bf16 gains.
 WORTHWHILE_SPEEDUP = 1.3
 _SHAPE = (2048, 512, 2048)  # rows, in, out: a block's linear layer of a small encoder on a few dozen clips
 
 
 def measured_precision(device: torch.device) -> Precision:
-    """Time one matrix product in both formats on this device; GPUs are asked instead of timed."""
+    """Time one matrix product in both formats on this device; a GPU reports it, without timing."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     speedup = _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)

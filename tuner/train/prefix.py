@@ -1,7 +1,7 @@
 """The frozen part of the encoder below the first adapted block, computed once and shared by every trial.
 
-LoRA never touches what lies below its first adapted block, so the hidden states that enter this block are constants of
-the data set. `LivePrefix` computes them from features each time and is the reference; `CachedPrefix` reads them from a
+LoRA changes nothing below its first adapted block, so the hidden states that enter this block are constants of the data
+set. `LivePrefix` computes them from features each time and is the reference; `CachedPrefix` reads them from a
 file that all trials, workers and lanes of a machine share.
 
 Shapes: B clips, N tokens of all clips end to end, D width, R rows of the cache file.
@@ -68,7 +68,7 @@ class LivePrefix:
 
 
 class CachedPrefix:
-    """The same states from a file of tokens, one row a token, in the encoder's own number format.
+    """The same states from a file of tokens, one row for each token, in the encoder's own number format.
 
     Rows are read, not mapped: mapped pages would count as memory of every worker, and a lost file would kill it.
     """
@@ -88,7 +88,7 @@ class CachedPrefix:
         """See `Prefix.hidden`.
 
         Raises:
-            DataError: the file is shorter than it was.
+            DataError: the file has become shorter.
         """
         lengths = self.rows_N[clips].tolist()
         packing = self.encoder.packing(lengths, self.depth)
@@ -109,7 +109,7 @@ class CachedPrefix:
 
 @dataclass(frozen=True)
 class PrefixUse:
-    """What a pack has had of its prefix caches since it was made."""
+    """How much a pack has used its prefix caches."""
 
     files: int = 0  # in use
     made: int = 0  # of these, computed by this process
@@ -119,7 +119,7 @@ class PrefixUse:
 
 
 def prefix_use(prefixes: Iterable[Prefix]) -> PrefixUse:
-    """The sum over those of them that are files."""
+    """The sum over all prefixes that are files."""
     cached = [prefix for prefix in prefixes if isinstance(prefix, CachedPrefix)]
     return PrefixUse(
         files=len(cached),
@@ -163,7 +163,7 @@ def open_prefix(
         if made:
             folder.mkdir(exist_ok=True)
             try:
-                # A store of its own: the features are read once, and their mapped pages go with it.
+                # A separate store: the features are read once, and their mapped pages are freed with it.
                 features = Store.open(store.folder)
                 _fill(folder / TOKENS_FILE, LivePrefix(encoder, features, depth), tokens_per_forward, progress)
                 staged = manifest.with_suffix(".tmp")
@@ -172,7 +172,7 @@ def open_prefix(
             except OSError as error:
                 (folder / TOKENS_FILE).unlink(missing_ok=True)
                 raise DataError(
-                    f"{folder}: cannot be written ({error.strerror}); free disk space or set TUNER_CACHE"
+                    f"{folder}: cannot be written ({error.strerror}); free disk space or move the cache (TUNER_CACHE)"
                 ) from error
     return CachedPrefix(folder, depth, encoder, store, made)
 
@@ -186,7 +186,7 @@ def _fill(path: Path, live: LivePrefix, tokens_per_forward: int, progress: Progr
         os.posix_fallocate(file.fileno(), 0, int(offset_N[-1]) * width * dtype.itemsize)
     table_RD = torch.from_file(str(path), shared=True, size=int(offset_N[-1]) * width, dtype=dtype).view(-1, width)
     done = 0
-    # By what enters the first block: every block below `depth` runs, and sequences only get shorter.
+    # Grouped by the tokens that enter the first block: all blocks below `depth` run, and sequences only get shorter.
     for group in forward_groups(row_lengths(live.encoder, live.store), tokens_per_forward):
         hidden = live.hidden(group)
         for clip, states_TD in zip(group, hidden.packing.split(hidden.states_ND.cpu()), strict=True):

@@ -1,5 +1,5 @@
-"""What the queries of a gallery found: metrics in both directions and bootstrap intervals. Numpy alone: the driver of a
-search compares trials with it, and does not load torch.
+"""Results of a gallery's queries: metrics in both directions and bootstrap intervals. Numpy only, because a search's
+driver compares trials with it and does not load torch.
 
 Shapes: Q queries, R resamples, K metrics.
 """
@@ -24,7 +24,7 @@ Draws = dict[str, NDArray[np.float64]]  # of each mean metric, its value in ever
 
 @dataclass(frozen=True)
 class QueryResults:
-    """What each query of one direction found: rank of its best positive (1 = first) and average precision at 10."""
+    """Result of each query of one direction: rank of its best positive (1 = first) and average precision at 10."""
 
     rank_Q: NDArray[np.int64]
     ap10_Q: NDArray[np.float64]
@@ -60,7 +60,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Measured:
-    """A trial on the test gallery, as it travels from the lane that measured it to the driver.
+    """A trial on the test gallery, as the lane that measured it sends it to the driver.
 
     Attributes:
         point: its entry of front.json, without the comparison with another trial.
@@ -73,7 +73,7 @@ class Measured:
     draws: Draws
 
     def minus(self, baseline: Measured) -> dict[str, Any]:
-        """Paired differences over the same queries with their intervals: the same resamples were drawn for both."""
+        """Paired differences over the same queries, with intervals; both were resampled in the same way."""
         return {
             key: {"difference": self.metrics[key] - baseline.metrics[key], "interval": interval}
             for key, interval in intervals(subtract(self.draws, baseline.draws)).items()
@@ -101,7 +101,7 @@ def _same_queries(retrieval: Retrieval, baseline: Retrieval) -> Draws:
 def resample(retrieval: Retrieval, seed: int = 0) -> Draws:
     """Every mean metric over resampled queries (Efron 1979), which are the same for equal Q and seed.
 
-    The queries of the two directions are resampled apart; `recall@k` averages the two resampled means.
+    The queries of the two directions are resampled separately; `recall@k` averages the two resampled means.
     """
     generator = np.random.default_rng(seed)
     draws: Draws = {}
@@ -114,7 +114,7 @@ def resample(retrieval: Retrieval, seed: int = 0) -> Draws:
 
 
 def subtract(draws: Draws, baseline: Draws) -> Draws:
-    """Draws of the difference of two that resampled the same queries: the mean of differences, as means are linear."""
+    """Draws of the difference between two trials that resampled the same queries (means are linear)."""
     return {key: draw - baseline[key] for key, draw in draws.items()}
 
 

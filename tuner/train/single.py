@@ -1,4 +1,4 @@
-"""Train one configuration from its YAML, without Ray: what a front point's `trial.yaml` is for."""
+"""Train one configuration from the `trial.yaml` of a front's point, without Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_trial(path: Path) -> tuple[TrialConfig, RunSettings]:
     """Read a front point's YAML.
 
     Raises:
-        ConfigError: the file is missing, not YAML or not such a file.
+        ConfigError: the file is missing, is not YAML, or has other fields.
     """
     content = TrialFile.parse(read_yaml(path), str(path))
     return content.trial, content.settings
@@ -50,7 +50,7 @@ def train_single(
     """Train, export to `folder`, and return the validation metrics of the last epoch.
 
     Args:
-        warn: is told of LoRA modules that the embedding does not depend on, where the settings allow them.
+        warn: gets a sentence about LoRA modules that the embedding does not depend on, if the settings allow them.
 
     Raises:
         PlacementError: there are such modules, and the settings refuse them.

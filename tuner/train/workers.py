@@ -2,8 +2,8 @@
 
 Text embeddings are frozen and every worker knows the whole batch, so only audio embeddings travel. Each worker puts
 its own rows, with gradient, among the gathered rows of the others and computes the loss of the whole batch; its
-gradient is then the part of the true gradient that flows through its rows, and the sum over workers is the truth.
-(The mean, or rows gathered without regard to whose gradient they carry, is not.)
+gradient is then the part of the true gradient that flows through its rows, and the sum over workers is the true
+gradient. (The mean is not, nor are rows that were gathered without regard to whose gradient they have.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Workers:
 
         Args:
             own_bD: this worker's rows.
-            positions: for each rank, where its rows stand in the batch; the same on every worker.
+            positions: for each rank, the places of its rows in the batch; the same on every worker.
         """
         if self.world == 1:
             return own_bD[positions[0].argsort()]
