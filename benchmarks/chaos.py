@@ -8,7 +8,6 @@ between two epochs, of which a fault that costs nothing costs one.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import signal
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -33,6 +31,9 @@ from benchmarks.session import run_session, search_command
 from benchmarks.share import make_share
 from benchmarks.table import show
 from tuner.data.store import Store
+from tuner.study.events import EpochDone
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import read_history
 
 STUDY = "chaos"
 FULL_SECONDS = 10.0
@@ -52,7 +53,7 @@ class Search:
     folder: Path
     options: list[str]
     driver: subprocess.Popen[str] | None = None
-    told: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    told: dict[tuple[str, int], EpochDone] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
@@ -84,13 +85,12 @@ class Search:
         known = len(self.told)
         until(lambda: len(self.read()) > known, f"epoch {known + 1}; {self.log_tail()}", PATIENCE)
 
-    def read(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """Rows of the journal by trial and epoch; whole lines only, since a driver may be writing one now."""
-        path = self.run_dir / "journal.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        for event in (json.loads(line) for line in lines if line.endswith("}\n")):
-            if event["event"] == "epoch":
-                self.told.setdefault((event["trial"], event["row"]["epoch"]), event["row"])
+    def read(self) -> dict[tuple[str, int], EpochDone]:
+        """Epochs of the journal by trial and number, as they were first told; a driver may be writing there."""
+        history, _ = read_history(StudyFolder(self.run_dir))
+        for trial in history.trials:
+            for number, epoch in trial.epochs.items():
+                self.told.setdefault((trial.trial, number), epoch)
         return self.told
 
     def log_tail(self) -> str:
@@ -207,9 +207,9 @@ def disturb(search: Search) -> tuple[dict[str, float], list[float]]:
 def trained_again(search: Search) -> int:
     """Epochs that had been told and were trained once more: what their checkpoint remembers of them is not the same."""
     again = 0
-    for (trial, epoch), row in search.read().items():
-        checkpoint = torch.load(search.run_dir / "checkpoints" / f"{trial}.pt", weights_only=True)
-        again += checkpoint["history"][epoch - 1]["train_seconds"] != row["train_seconds"]
+    for (trial, number), epoch in search.read().items():
+        checkpoint = torch.load(StudyFolder(search.run_dir).checkpoint(trial), weights_only=True)
+        again += checkpoint["history"][number - 1]["train_seconds"] != epoch.train_seconds
     return again
 
 

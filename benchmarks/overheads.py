@@ -10,31 +10,33 @@ import asyncio
 import io
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import ray
 
 from benchmarks.recorded import RecordedSearch
 from tuner.config import EncoderRef, RunSettings
-from tuner.data.store import Store
 from tuner.lanes.capacity import HEAD_NODE, read_capacity
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.fleet import Fleet, FleetSize
 from tuner.lanes.lane import POLL_SECONDS
 from tuner.lanes.trial import WAIT_SECONDS
 from tuner.patience import Patience
-from tuner.records import Journal
 from tuner.report.live import JsonView
-from tuner.search.callback import Recorder
 from tuner.search.driver import _Search
 from tuner.search.lane_watch import LaneWatch
+from tuner.search.recorder import Recorder
+from tuner.search.request import SearchRequest
 from tuner.search.searcher import StudySearcher
-from tuner.search.study import SearchRequest
+from tuner.study.config import DataFacts, EncoderFacts, StudyRecord
+from tuner.study.events import Message
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import Journal
 
 CALLS = 200
 MEASURED = (
@@ -158,30 +160,47 @@ def hosted_coordinator(name: str) -> Iterator[Any]:
         ray.kill(coordinator)
 
 
-def run_without_training(record: RecordedSearch, folder: Path, trials: int, epochs: int, lanes: int = 1) -> DriverTimes:
+def run_without_training(record: RecordedSearch, path: Path, trials: int, epochs: int, lanes: int = 1) -> DriverTimes:
     """One search of `tuner.search.driver` whose lanes train nothing. Ray must be up."""
-    name = f"tuner-coordinator:{folder.name}"
-    folder.mkdir()
-    settings = RunSettings(store=str(folder), encoder=EncoderRef(source=record.spec.source), epochs=epochs)
-    request = SearchRequest(folder, record.space, settings, trials=trials)
-    with hosted_coordinator(name) as coordinator:
+    name, folder = f"tuner-coordinator:{path.name}", StudyFolder(path)
+    path.mkdir()
+    study = empty_study(record, folder, trials, epochs)
+    view = JsonView(io.StringIO())
+    patience = Patience(lambda text: view.show(Message(text=text)))
+    own = dict.fromkeys(MEASURED_NAMES, 0.0)
+    with hosted_coordinator(name) as coordinator, closing(Journal(folder, patience)) as journal:
         serving = hosted(IdleLanes, name, record, epochs)
         done = serving.run.remote(lanes)
-        journal, own = Journal(folder), dict.fromkeys(MEASURED_NAMES, 0.0)
-        store = cast(Store, SimpleNamespace(text_dim=record.text_dim))
-        facts = {"precision": "bf16"}
-        size, view = FleetSize(lanes, 1, False, read_capacity()), JsonView(io.StringIO())
-        search = _Search(request, facts, journal, view, record.spec, store, size, (), Patience(view.message))
-        lanes_up = Fleet(coordinator, name, lanes, 1)
+        size, lanes_up = FleetSize(lanes, 1, False, read_capacity()), Fleet(coordinator, name, lanes, 1)
+        request = SearchRequest(study, folder)
+        search = _Search(request, study, journal, view, record.known, size, (), patience)
         with timed(own):
             started, thread = time.perf_counter(), time.thread_time()
-            search._tune(search._open_study(), lanes_up, LaneWatch(lanes_up, size, 1, view))
+            database = search._open_study()
+            watch = LaneWatch(lanes_up, size, 1, view)
+            search._tune(database, search._searcher(database, lanes_up), lanes_up, watch)
             times = DriverTimes(trials, epochs, time.perf_counter() - started, time.thread_time() - thread, own)
-        journal.close()
         ray.get(coordinator.stop.remote())
         ray.get(done)
         ray.kill(serving)
     return times
+
+
+def empty_study(record: RecordedSearch, folder: StudyFolder, trials: int, epochs: int) -> StudyRecord:
+    """The record of a study of the recorded search's encoder and space, whose data nobody reads."""
+    spec = record.spec
+    return StudyRecord(
+        study=folder.name,
+        space=record.space,
+        settings=RunSettings(store=str(folder.path), encoder=EncoderRef(source=spec.source), epochs=epochs),
+        trials=trials,
+        encoder=EncoderFacts(
+            family=spec.family, source=spec.source, num_layers=spec.num_layers, hidden_size=spec.hidden_size
+        ),
+        data=DataFacts(train=0, validation=0, test=0, captions=0),
+        created=datetime.now(UTC),
+        precision="bf16",
+    )
 
 
 @contextmanager

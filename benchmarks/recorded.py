@@ -24,6 +24,7 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.lora.placement import lora_parameters, trainable_parameters
 from tuner.space import SearchSpace
 from tuner.space.dimension import Choice
+from tuner.study.objectives import LORA_PARAMETERS, TRAINABLE_PARAMETERS
 
 FILE = Path(__file__).with_name("recorded_search.json")
 NEIGHBOURS = 4
@@ -125,6 +126,11 @@ class RecordedSearch:
         """Exact trainable parameters."""
         return trainable_parameters(self.spec, config, self.text_dim)
 
+    def known(self, config: TrialConfig) -> dict[str, float]:
+        """What of a configuration is known before it trains, as far as the recorded search's objectives go."""
+        lora = lora_parameters(self.spec, config.lora) if config.lora else 0
+        return {LORA_PARAMETERS: float(lora), TRAINABLE_PARAMETERS: float(self.parameters(config))}
+
     def train(self, config: TrialConfig) -> tuple[list[Row], float]:
         """What a trial of this configuration reports, epoch by epoch, and how long an epoch takes beside the mean one.
 
@@ -137,9 +143,7 @@ class RecordedSearch:
             names = self.trials[0].rows[epoch]
             row = {name: sum(w * trial.rows[epoch][name] for w, trial in weighed) for name in names}
             row["epoch"] = epoch + 1
-            row["lora_parameters"] = lora_parameters(self.spec, config.lora) if config.lora else 0
-            row["trainable_parameters"] = self.parameters(config)
-            rows.append(row)
+            rows.append(row | self.known(config))
         return rows, sum(w * trial.seconds for w, trial in weighed) / self.mean_seconds
 
     def _nearest(self, config: TrialConfig) -> list[tuple[float, RecordedTrial]]:

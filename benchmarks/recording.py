@@ -6,27 +6,29 @@ Tune and the same coordinator run without training, to say what stands between t
 
 from __future__ import annotations
 
-import json
 import platform
 import tempfile
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import psutil
 import typer
 
 from benchmarks import run
 from benchmarks.overheads import probe, tune_costs
-from benchmarks.recorded import FILE, Overheads, RecordedSearch, RecordedTrial
+from benchmarks.recorded import FILE, Overheads, RecordedSearch, RecordedTrial, Row
 from benchmarks.session import run_session, search_command
-from tuner.config import EncoderRef, TrialConfig
 from tuner.data.store import Store
 from tuner.encoders.registry import inspect_encoder
 from tuner.lanes.fleet import connected
-from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, read_study
-from tuner.space import SearchSpace
+from tuner.study.config import StudyRecord
+from tuner.study.folder import StudyFolder
+from tuner.study.history import Trial
+from tuner.study.journal import epoch_row, read_history
+from tuner.study.objectives import LORA_PARAMETERS, TRAINABLE_PARAMETERS
+from tuner.study.points import ConfirmedFront
 
 STUDY = "recorded"
 FIGURES = 5  # significant, of measured numbers
@@ -40,19 +42,21 @@ def search(folder: Path, trials: int, epochs: int) -> Path:
     return folder / STUDY
 
 
-def read_trials(run_dir: Path) -> list[RecordedTrial]:
+def read_trials(folder: StudyFolder) -> list[RecordedTrial]:
     """Configurations and epoch rows of the journal; every trial must have come to its end."""
-    configs: dict[str, dict[str, Any]] = {}
-    rows: dict[str, list[dict[str, float]]] = {}
-    for line in (run_dir / JOURNAL_FILE).read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        if event["event"] == "trial":
-            configs[event["trial"]], rows[event["trial"]] = event["config"], []
-        elif event["event"] == "epoch":
-            rows[event["trial"]].append({name: _rounded(value) for name, value in event["row"].items()})
-    lengths = {len(each) for each in rows.values()}
+    history, fault = read_history(folder)
+    assert fault is None, fault
+    trials = [RecordedTrial(trial.config, tuple(_rows(trial))) for trial in history.trials]
+    lengths = {len(trial.rows) for trial in trials}
     assert len(lengths) == 1, f"trials of {sorted(lengths)} epochs"
-    return [RecordedTrial(TrialConfig.model_validate(configs[trial]), tuple(rows[trial])) for trial in configs]
+    return trials
+
+
+def _rows(trial: Trial) -> list[Row]:
+    """Numbers of each epoch, rounded, and the sizes of the trial."""
+    known = {LORA_PARAMETERS: trial.lora_parameters, TRAINABLE_PARAMETERS: trial.parameters}
+    flat = [epoch_row(epoch) | known for _, epoch in sorted(trial.epochs.items())]
+    return [{name: _rounded(value) for name, value in row.items() if isinstance(value, int | float)} for row in flat]
 
 
 def _rounded(value: float) -> float:
@@ -61,34 +65,32 @@ def _rounded(value: float) -> float:
 
 def read_search(run_dir: Path) -> RecordedSearch:
     """A study that ran on one lane from beginning to end, with the overheads that its files show."""
-    facts = read_study(run_dir)
-    reference = EncoderRef.model_validate(facts["settings"]["encoder"])
-    name = Path(reference.source).name
-    spec = replace(inspect_encoder(reference), source=name, folder=Path(name))
-    space = SearchSpace.from_dict(facts["space"], str(run_dir))
+    folder = StudyFolder(run_dir)
+    facts, front = StudyRecord.read(folder), ConfirmedFront.read(folder)
+    assert front is not None, f"{run_dir} has no front"
+    name = Path(facts.settings.encoder.source).name
+    spec = replace(inspect_encoder(facts.settings.encoder), source=name, folder=Path(name))
     made = {
-        "command": f"tuner search --space {space.name} --trials {facts['trials']}",
-        "created": facts["created"],
+        "command": f"tuner search --space {facts.space.name} --trials {facts.trials}",
+        "created": facts.created.isoformat(),
         "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, no GPU",
-        "clips": facts["data"],
+        "clips": facts.data.model_dump(),
     }
-    text_dim = Store.open(Path(facts["settings"]["store"])).text_dim
-    record = RecordedSearch(made, space, spec, text_dim, tuple(read_trials(run_dir)), UNKNOWN)
-    start, confirming = read_times(run_dir, facts["created"], record.trials[0].rows[0])
-    points = len(json.loads((run_dir / FRONT_FILE).read_text(encoding="utf-8"))["points"])
-    each = confirming / points / record.mean_seconds
+    text_dim = Store.open(Path(facts.settings.store)).text_dim
+    record = RecordedSearch(made, facts.space, spec, text_dim, tuple(read_trials(folder)), UNKNOWN)
+    start, confirming = read_times(folder, facts.created, record.trials[0].rows[0])
+    each = confirming / len(front.points) / record.mean_seconds
     return replace(record, overheads=replace(UNKNOWN, lane_start=start, confirm_epochs=each))
 
 
-def read_times(run_dir: Path, created: str, first: dict[str, float]) -> tuple[float, float]:
+def read_times(folder: StudyFolder, created: datetime, first: Row) -> tuple[float, float]:
     """Seconds from the study's record to the first step of its first trial, and from the last trial to the front.
 
     The record is written again when the first epoch has been reported; the journal ends with the last trial.
     """
-    changed = {name: (run_dir / name).stat().st_mtime for name in (STUDY_FILE, JOURNAL_FILE, FRONT_FILE)}
+    recorded, told, confirmed = (path.stat().st_mtime for path in (folder.record, folder.journal, folder.front))
     trained = first["train_seconds"] + first["validation_seconds"]
-    start = changed[STUDY_FILE] - datetime.fromisoformat(created).timestamp() - trained
-    return start, changed[FRONT_FILE] - changed[JOURNAL_FILE]
+    return recorded - created.timestamp() - trained, confirmed - told
 
 
 def measure(record: RecordedSearch, folder: Path, trials: int) -> RecordedSearch:

@@ -8,7 +8,6 @@ such a run.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -24,7 +23,8 @@ from benchmarks.recorded import RecordedSearch
 from benchmarks.simulation import Outcome, Plan, simulate
 from benchmarks.table import show
 from tuner.lanes.fleet import connected
-from tuner.pareto import hypervolume
+from tuner.study.objectives import TRAINABLE_PARAMETERS, objective_named
+from tuner.study.pareto import hypervolume
 
 QUALITY_AT = (100, 250, 500, 1000)  # trials finished
 
@@ -60,8 +60,10 @@ def front_volume(values: list[tuple[float, float]], record: RecordedSearch) -> f
     """Hypervolume of a front over the projection alone, in points of recall (0.01) times decades of parameters."""
     baseline = next(trial.rows[-1]["recall@10"] for trial in record.trials if trial.config.lora is None)
     _, largest = record.space.parameter_range(record.parameters)
-    points = [(100 * recall, math.log10(parameters)) for recall, parameters in values]
-    return hypervolume(points, (100 * baseline, math.log10(largest)), ("maximize", "minimize"))
+    # Not from the fixed corners, below which all fronts look alike.
+    recall = objective_named("recall@10").model_copy(update={"corner": baseline})
+    parameters = objective_named(TRAINABLE_PARAMETERS).model_copy(update={"corner": float(largest)})
+    return 100 * hypervolume(values, (recall, parameters))
 
 
 def show_shares(results: list[tuple[Plan, Outcome]]) -> None:

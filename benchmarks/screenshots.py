@@ -27,8 +27,8 @@ import typer
 from benchmarks import run
 from benchmarks.local_head import local_head
 from benchmarks.share import make_share
-from tuner.records import JOURNAL_FILE
 from tuner.service.jobs.cluster import StudyJob, connect
+from tuner.study.folder import StudyFolder
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/screenshots"
 TUNER = Path(sys.executable).parent / "tuner"
@@ -161,8 +161,8 @@ async def take(address: str, runs: Path, job: StudyJob, folder: Path) -> None:
     """All pictures, in the order in which the search gets to what they show."""
     seen = "document.body.innerText.includes"
     async with chromium() as tab:
-        journal = runs / STUDY / JOURNAL_FILE
-        while not journal.exists() or '"epoch"' not in journal.read_text():
+        journal = StudyFolder(runs / STUDY).journal
+        while not journal.exists() or '"epoch_done"' not in journal.read_text():
             await asyncio.sleep(1)
         await tab.open(f"{address}/#/jobs", f"{seen}({json.dumps(job.submission_id)})", 660)
         await tab.save(folder / "jobs.png")

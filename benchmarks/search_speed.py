@@ -26,6 +26,8 @@ from benchmarks.share import Share, make_share
 from benchmarks.table import factor, show
 from tuner.config import TrialConfig
 from tuner.data.store import Store
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import epoch_row, read_history
 
 TRIALS = 3  # with LoRA, on both sides
 BATCH_SIZE = 24  # a clip padded to 30 s takes the peer a third of a GB in fp32: more does not fit into a usual machine
@@ -72,16 +74,18 @@ def run_ours(share: Share, folder: Path, batch_size: int) -> Ours:
 
 
 def read_trials(run_dir: Path) -> list[dict[str, Any]]:
-    """Configuration and epoch of each trial with LoRA, from the study's journal."""
-    configs: dict[str, dict[str, Any]] = {}
-    trials = []
-    for line in (run_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        if event["event"] == "trial":
-            configs[event["trial"]] = event["config"]
-        elif event["event"] == "epoch" and configs[event["trial"]]["lora"]:
-            trials.append({"trial": event["trial"], "config": configs[event["trial"]], **event["row"]})
-    return trials
+    """Configuration, size and last epoch of each trial with LoRA, from the study's journal."""
+    history, _ = read_history(StudyFolder(run_dir))
+    return [
+        {
+            "trial": trial.trial,
+            "config": trial.config.model_dump(mode="json"),
+            "trainable_parameters": trial.parameters,
+            **epoch_row(trial.last),
+        }
+        for trial in history.trials
+        if trial.config.lora and trial.last
+    ]
 
 
 def run_peer(share: Share, folder: Path, configs: list[dict[str, Any]], batch_size: int) -> Session:

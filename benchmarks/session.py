@@ -98,22 +98,28 @@ class SearchTimes:
 
 def search_times(events: Sequence[Event], total: float) -> SearchTimes:
     """Split the `total` seconds of a search with at least two trials, side by side never more than one."""
-    epochs = [event for event in events if event.fields["event"] == "epoch"]
+    epochs = [event for event in events if event.fields["event"] == "epoch_done"]
     starts = [event for event in events if event.fields["event"] == "trial_started"]
-    ends = [event for event in events if event.fields["event"] == "trial_finished"]
+    ends = [event for event in events if event.fields["event"] == "trial_ended"]
     assert len(ends) > 1, "one trial has no change of trial"
     failed = [event.fields for event in ends if event.fields["state"] != "complete"]
     assert not failed, f"trials did not end well: {failed}"
     first, last = epochs[0], ends[-1]
-    working = sum(event.fields["seconds"] for event in epochs)
-    after_first = working - first.fields["seconds"]
+    trained = [_trained(event) for event in epochs]
+    working = sum(trained)
+    after_first = working - trained[0]
     return SearchTimes(
-        start=first.seconds - first.fields["seconds"],
+        start=first.seconds - trained[0],
         working=working,
         outside_each=(last.seconds - first.seconds - after_first) / (len(ends) - 1),
         outside_mean=(last.seconds - starts[0].seconds - working) / len(ends),
         after=total - last.seconds,
     )
+
+
+def _trained(epoch: Event) -> float:
+    """Seconds of training and validation."""
+    return float(epoch.fields["train_seconds"]) + float(epoch.fields["validation_seconds"])
 
 
 def show_search_times(times: SearchTimes, total: float) -> None:

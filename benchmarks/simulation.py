@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import optuna
-from ray.tune.search import Searcher
 
 from benchmarks.recorded import RecordedSearch
 from benchmarks.virtual_time import VirtualLoop, own_clock, run_virtually
@@ -28,16 +27,22 @@ from tuner.lanes import coordinator as coordinator_module
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.lane import POLL_SECONDS
 from tuner.lanes.trial import WAIT_SECONDS
-from tuner.records import Journal
+from tuner.patience import Patience
 from tuner.report.live import JsonView
-from tuner.search.callback import Recorder
-from tuner.search.confirm import select
-from tuner.search.searcher import Objective, StudySearcher
-from tuner.search.study import PARAMETERS, fixed_configurations, open_storage
+from tuner.search.durable.database import PatientStorage
+from tuner.search.front import select
+from tuner.search.recorder import Recorder
+from tuner.search.request import fixed_configurations
+from tuner.search.searcher import FINISHED, StudySearcher
+from tuner.study.events import SAMPLED, trial_id
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import Journal
+from tuner.study.objectives import DEFAULT_OBJECTIVES, choose_objectives
+from tuner.study.points import Point, Scores
 from tuner.train.results import Measured
 
-METRIC = "recall@10"
-OBJECTIVES = (Objective(METRIC, "maximize"), Objective(PARAMETERS, "minimize"))
+METRIC, PARAMETERS = DEFAULT_OBJECTIVES
+OBJECTIVES = choose_objectives(DEFAULT_OBJECTIVES)
 # Of the lane: a poll and a report. Of a trial that follows another: cancel, submit and next, and the poll that drops.
 CALLS_OF_AN_EPOCH = 2
 CALLS_OF_A_CHANGE = 4
@@ -111,25 +116,26 @@ class _Simulation:
         self.outcome = Outcome([])
         self.needed = plan.gpus
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study, patience = StudyFolder(folder), Patience(lambda text: None)
         self.study = optuna.create_study(
-            storage=open_storage(folder), study_name="s", directions=[each.direction for each in OBJECTIVES]
+            storage=PatientStorage(study.database, patience),
+            study_name="s",
+            directions=[each.direction for each in OBJECTIVES],
         )
         self.searcher = StudySearcher(
             study=self.study,
             space=record.space,
             objectives=OBJECTIVES,
+            known=record.known,
             fixed=fixed_configurations(),
             trials=plan.trials,
             extra={"epochs": record.epochs},
             seed=plan.seed,
         )
-        self.journal = Journal(folder)
+        self.journal = Journal(study, patience)
         # What the head's job prints for those who follow it.
         view = JsonView(io.StringIO())
-        self.recorder = Recorder(self.journal, view, METRIC, self._parameters, settled=lambda: True)
-
-    def _parameters(self, config: dict[str, Any]) -> int:
-        return self.record.parameters(TrialConfig.model_validate(config))
+        self.recorder = Recorder(self.journal, view, OBJECTIVES, settled=lambda: True)
 
     async def run(self) -> Outcome:
         plan, now = self.plan, asyncio.get_running_loop().time
@@ -141,7 +147,7 @@ class _Simulation:
         self.outcome.trials_end = now()
         selection = select(self.study, OBJECTIVES)
         self.outcome.confirmed = len(selection.trials)
-        front = [{"trial": trial.number} for trial in selection.trials]
+        front = [{"trial": trial_id(trial.number)} for trial in selection.trials]
         while (await self.call(self.coordinator.confirm(front, WAIT_SECONDS))).points is None:
             pass
         await self.coordinator.stop()
@@ -175,7 +181,7 @@ class _Simulation:
             while idle:
                 name = f"tune-{next(names)}"
                 suggestion = await self.busy("ask", partial(self.searcher.suggest, name), tune.tune_trial)
-                if suggestion == Searcher.FINISHED:
+                if suggestion == FINISHED:
                     break
                 client, running = idle.pop(0), running + 1
                 client.begin(name, suggestion)
@@ -244,7 +250,16 @@ class _Simulation:
 
     async def _confirm(self, lane: str, candidate: dict[str, Any]) -> None:
         await asyncio.sleep(self.record.overheads.confirm_epochs * self.plan.epoch_seconds)
-        await self.call(self.coordinator.confirmed(lane, candidate["trial"], Measured({}, {}, {}), None))
+        point = Point(
+            trial=candidate["trial"],
+            origin=SAMPLED,
+            config=TrialConfig(),
+            lora_parameters=0,
+            trainable_parameters=0,
+            validation=Scores(),
+            on_front=True,
+        )
+        await self.call(self.coordinator.confirmed(lane, point.trial, Measured(point, {}, {}), None))
 
 
 class _Client:
@@ -252,7 +267,9 @@ class _Client:
 
     def __init__(self, simulation: _Simulation) -> None:
         self.simulation = simulation
-        self.name, self.trial = "", SimpleNamespace(config={}, last_result=None)
+        self.name = ""
+        # The part of Tune's trial that the recorder uses.
+        self.trial: Any = SimpleNamespace(config={}, last_result=None)
         self.go_on = asyncio.Event()
         self._lease: tuple[str, int] | None = None
         self._started = False

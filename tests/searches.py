@@ -161,4 +161,4 @@ def read_journal(study: Path) -> list[dict[str, Any]]:
 
 
 def epochs_of(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return [(event["trial"], event["row"]["epoch"]) for event in events if event["event"] == "epoch"]
+    return [(event["trial"], event["epoch"]) for event in events if event["event"] == "epoch_done"]

@@ -60,7 +60,7 @@ class Search:
 
     @property
     def epochs(self) -> list[tuple[str, int]]:
-        return [(event["trial"], event["epoch"]) for event in self.events if event["event"] == "epoch"]
+        return [(event["trial"], event["epoch"]) for event in self.events if event["event"] == "epoch_done"]
 
     def running(self) -> bool:
         return self.process.poll() is None

@@ -255,11 +255,11 @@ def test_the_parts_of_a_search() -> None:
     """Two trials of one epoch: 4 s of start, 2 s and 3 s of work, 0.5 s between them, 1.5 s at the end."""
     timeline: list[tuple[float, dict[str, Any]]] = [
         (1.0, {"event": "trial_started", "trial": "t0"}),
-        (6.0, {"event": "epoch", "trial": "t0", "seconds": 2.0}),
-        (6.1, {"event": "trial_finished", "trial": "t0", "state": "complete"}),
+        (6.0, {"event": "epoch_done", "trial": "t0", "train_seconds": 1.5, "validation_seconds": 0.5}),
+        (6.1, {"event": "trial_ended", "trial": "t0", "state": "complete"}),
         (6.2, {"event": "trial_started", "trial": "t1"}),
-        (9.4, {"event": "epoch", "trial": "t1", "seconds": 3.0}),
-        (9.5, {"event": "trial_finished", "trial": "t1", "state": "complete"}),
+        (9.4, {"event": "epoch_done", "trial": "t1", "train_seconds": 2.5, "validation_seconds": 0.5}),
+        (9.5, {"event": "trial_ended", "trial": "t1", "state": "complete"}),
     ]
     times = search_times([Event(seconds, fields) for seconds, fields in timeline], 11.0)
     assert times.start == pytest.approx(4.0)
@@ -272,8 +272,8 @@ def test_the_parts_of_a_search() -> None:
 
 def test_a_failed_trial_is_no_result() -> None:
     timeline = [
-        Event(1.0, {"event": "trial_finished", "trial": "t0", "state": "complete"}),
-        Event(2.0, {"event": "trial_finished", "trial": "t1", "state": "failed"}),
+        Event(1.0, {"event": "trial_ended", "trial": "t0", "state": "complete"}),
+        Event(2.0, {"event": "trial_ended", "trial": "t1", "state": "failed"}),
     ]
     with pytest.raises(AssertionError, match="did not end well"):
         search_times(timeline, 3.0)

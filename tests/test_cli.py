@@ -296,10 +296,9 @@ def test_shares_that_are_none(terminal: Terminal, tiny: Tiny, split: str, said: 
     ("objectives", "said"),
     [
         (["recal@10"], "did you mean recall@10?"),
-        (["speed"], "there are recall@1"),
-        (["trainable_parameters"], "give one metric"),
-        (["recall@1", "recall@10"], "give one metric"),
-        (["recall@1", "recall@1"], "give one metric"),
+        (["speed"], "give one of recall@1"),
+        (["trainable_parameters"], "costs alone"),
+        (["recall@1", "recall@1"], "given twice"),
     ],
 )
 def test_wrong_objectives(terminal: Terminal, tiny: Tiny, objectives: list[str], said: str) -> None:
@@ -361,7 +360,7 @@ def test_an_interrupt_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    terminal.monkeypatch.setattr("tuner.search.driver.run_search", interrupted)
+    terminal.monkeypatch.setattr("tuner.commands.run_search.run_search", interrupted)
     finished = terminal.run("search", "--data", tiny.store_folder, "--study", "mine", "--runs", "there")
     assert finished.code == 130
     assert finished.err.count("\n") == 1

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from tuner.config import TrialConfig
 from tuner.lanes import coordinator as module
 from tuner.lanes.coordinator import LEASE_SECONDS, Coordinator
 from tuner.lanes.deaths import DEATHS_PER_TRIAL, STARTS_PER_LANE
 from tuner.lanes.messages import Confirmation, Muster, Orders, Row, Update
+from tuner.study.points import Point, Scores
 from tuner.train.results import Measured
 
 CONFIG: Row = {"seed": 0}
@@ -25,7 +27,16 @@ def rows(*epochs: int) -> list[Row]:
 
 
 def measured(trial: str) -> Measured:
-    return Measured({"trial": trial}, {"recall@10": 0.5}, {})
+    point = Point(
+        trial=f"{trial[0]}{trial[1:]:0>4}",
+        origin="sampled",
+        config=TrialConfig(),
+        lora_parameters=0,
+        trainable_parameters=1,
+        validation=Scores(),
+        on_front=False,
+    )
+    return Measured(point, {"recall@10": 0.5}, {})
 
 
 def drive(scenario: Callable[[Coordinator], Awaitable[None]], precision: str | None = None) -> None:

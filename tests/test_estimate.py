@@ -19,8 +19,10 @@ from tuner.lanes.fleet import FleetOptions
 from tuner.lora.cost import Lengths, frozen_flops, training_flops, validation_flops
 from tuner.search import estimate as module
 from tuner.search.estimate import Estimate, estimate_search, measured_rate, planned_configurations
-from tuner.search.study import SearchRequest, fixed_configurations
+from tuner.search.request import SearchRequest, fixed_configurations
 from tuner.space import SearchSpace, load_space
+from tuner.study.config import StudyConfig
+from tuner.study.folder import StudyFolder
 
 TRIALS = 5
 LABELS = ["search", "operations", "one", "time", "at", "memory", "disk", "left"]  # first words of the lines
@@ -37,8 +39,15 @@ SPACE: dict[str, Any] = {
 
 
 def request_of(tiny: Tiny, folder: Path, **changes: Any) -> SearchRequest:
-    values: dict[str, Any] = {"trials": TRIALS} | changes
-    return SearchRequest(folder / "runs" / "s", SearchSpace.from_dict(SPACE, "here"), tiny.settings(epochs=3), **values)
+    """`fleet` is the driver's, everything else the study's."""
+    fleet = changes.pop("fleet", FleetOptions())
+    values: dict[str, Any] = {
+        "study": "s",
+        "space": SearchSpace.from_dict(SPACE, "here"),
+        "settings": tiny.settings(epochs=3),
+        "trials": TRIALS,
+    }
+    return SearchRequest(StudyConfig(**values | changes), StudyFolder(folder / "runs" / "s"), fleet=fleet)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +106,7 @@ def test_the_configurations_are_those_a_search_asks_for(tiny: Tiny, tmp_path: Pa
     request = request_of(tiny, tmp_path)
     configs = planned_configurations(request)
     assert [config.model_copy(update={"seed": 0}) for config in configs[:2]] == list(fixed_configurations().values())
-    assert all(request.space.params_of(config) for config in configs[2:])
+    assert all(request.config.space.params_of(config) for config in configs[2:])
     assert configs == planned_configurations(request)
     assert configs != planned_configurations(request_of(tiny, tmp_path, seed=1))
 
@@ -149,16 +158,16 @@ def test_programs_get_json(
     assert values["hours"] == pytest.approx(values["total_flops"] / 1e12 / 3600)
 
 
-def test_a_study_that_is_there_is_not_reckoned(
+def test_a_study_that_is_there_is_not_estimated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, printed = run(["--resume", "s"], monkeypatch, capsys)
-    assert (code, printed.err) == (2, "tuner: --dry-run: reckons new studies; leave --resume away\n")
+    assert (code, printed.err) == (2, "tuner: --dry-run estimates new studies only; drop --resume\n")
 
 
-def test_a_space_that_does_not_fit_is_refused_before_it_is_reckoned(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_space_that_does_not_fit_is_refused_before_it_is_estimated(tiny: Tiny, tmp_path: Path) -> None:
     space = load_space("attention_only").to_dict() | {"fixed": {"lora.first_layer": 7}}
-    request = SearchRequest(tmp_path / "s", SearchSpace.from_dict(space, "here"), tiny.settings())
+    request = request_of(tiny, tmp_path, space=SearchSpace.from_dict(space, "here"))
     with pytest.raises(PlacementError, match="first_layer: 7 is outside the 3 blocks"):
         estimate_search(request, 1e9)

@@ -29,7 +29,7 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.errors import EncoderError
 from tuner.lora import adapter as adapters
 from tuner.lora.placement import resolve_placement
-from tuner.search.study import path_note
+from tuner.search.request import path_note
 from tuner.train.embed import Clips
 from tuner.train.member import Member
 from tuner.train.model import encoder_precision, pool_clips

@@ -24,6 +24,7 @@ from searches import Driver, Runs, epochs_of
 from test_pack_faults import BROKEN_CLIP, poisoned_store
 
 from benchmarks.local_cluster import COORDINATOR, LANE, LocalCluster, kill, local_cluster, until
+from tuner.study.events import EpochDone
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -85,8 +86,8 @@ def disturb(cluster: LocalCluster, driver: Driver, fault: str, trial: str, resul
         until(lambda: cluster.actors(WATCHER), "the watcher of the lane's new workers")
         time.sleep(LOOK_SECONDS)
         worker.resume()
-    result.before[fault] = [e for e in result.runs.journal() if e["event"] == "epoch" and e["trial"] == trial]
-    seen = result.before[fault][-1]["row"]["epoch"]
+    result.before[fault] = [e for e in result.runs.journal() if e["event"] == "epoch_done" and e["trial"] == trial]
+    seen = result.before[fault][-1]["epoch"]
     if fault != "coordinator killed":
         until(lambda: has_moved(cluster, driver, node.node_id), f"{fault}: a lane elsewhere")
     driver.until(lambda epochs: (trial, min(seen + 2, EPOCHS)) in epochs)
@@ -123,8 +124,7 @@ def test_a_disturbed_trial_goes_on_from_its_last_epoch(faulty: Faulty, fault: st
     assert CAUGHT <= len(before) < EPOCHS, "it was disturbed in the middle"
     history = torch.load(faulty.runs.study / "checkpoints" / f"{trial}.pt", weights_only=True)["history"]
     for event in before:
-        remembered = history[event["row"]["epoch"] - 1]
-        assert {key: remembered[key] for key in event["row"]} == event["row"]
+        assert EpochDone.from_row(trial, history[event["epoch"] - 1]) == EpochDone.model_validate(event)
 
 
 @pytest.mark.parametrize("fault", ["node killed", "node drained"])

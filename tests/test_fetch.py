@@ -28,12 +28,13 @@ from benchmarks.local_head import local_head
 from tuner import cli
 from tuner.errors import AdapterError, ConfigError, StudyError
 from tuner.report.handover import ADAPTER_FILES, choose_points, files_of, write_handover
-from tuner.report.run import read_journal, read_run
 from tuner.service.jobs import bundle
 from tuner.service.jobs.bundle import RECORDS, BundleReader, bundle_lines
 from tuner.service.jobs.cluster import Cluster, connect
 from tuner.service.jobs.fetch import ClusterSource, StorageSource
 from tuner.storage import Storage
+from tuner.study.points import Point
+from tuner.study.study import Study
 
 FILES = [*RECORDS, *(f"adapters/t0001/{name}" for name in ADAPTER_FILES)]
 
@@ -170,27 +171,31 @@ def test_a_small_piece_does_not_become_large_in_memory(tmp_path: Path) -> None:
 # What is handed over
 
 
+def recall(point: Point) -> float:
+    return point.validation.value("recall@10") or 0.0
+
+
 def test_the_points_that_are_asked_for(study: Path) -> None:
-    run = read_run(study)
+    found = Study.open(study)
 
     def chosen(**asked: Any) -> list[str]:
-        return [point["trial"] for point in choose_points(run, **asked)]
+        return [point.trial for point in choose_points(found, **asked)]
 
     assert chosen() == ["t0000", "t0001"]
     assert chosen(trials=["t0001", "t0001"]) == ["t0001"]
-    best = max(points_of(study).values(), key=lambda point: point["validation"]["recall@10"])
-    assert chosen(best=True) == [best["trial"]]
-    with pytest.raises(ConfigError, match="--trial t0009: no point of study far, which has t0000, t0001"):
+    best = max(points_of(study).values(), key=recall)
+    assert chosen(best=True) == [best.trial]
+    with pytest.raises(ConfigError, match="trial t0009: no point of study far, which has t0000, t0001"):
         chosen(trials=["t0009"])
 
 
 def test_a_trial_off_the_front_comes_only_by_name(study: Path, tmp_path: Path) -> None:
     points = points_of(study)
     write_copy(study, tmp_path / STUDY)
-    write_front(tmp_path / STUDY, points | {"t0001": points["t0001"] | {"on_front": False}})
-    run = read_run(tmp_path / STUDY)
-    assert [point["trial"] for point in choose_points(run)] == ["t0000"]
-    assert [point["trial"] for point in choose_points(run, ["t0001"])] == ["t0001"]
+    write_front(tmp_path / STUDY, points | {"t0001": points["t0001"].model_copy(update={"on_front": False})})
+    found = Study.open(tmp_path / STUDY)
+    assert [point.trial for point in choose_points(found)] == ["t0000"]
+    assert [point.trial for point in choose_points(found, ["t0001"])] == ["t0001"]
 
 
 def write_copy(study: Path, folder: Path) -> Path:
@@ -202,14 +207,16 @@ def write_copy(study: Path, folder: Path) -> Path:
 
 def test_a_front_cannot_name_folders_elsewhere(study: Path, tmp_path: Path) -> None:
     folder = write_copy(study, tmp_path / STUDY)
-    write_front(folder, {"x": points_of(study)["t0001"] | {"trial": "../../t0001"}})
-    with pytest.raises(StudyError, match="names a trial"):
-        choose_points(read_run(folder))
+    text = (folder / "front.json").read_text()
+    (folder / "front.json").write_text(text.replace('"trial": "t0001"', '"trial": "../../t0001"'))
+    with pytest.raises(StudyError, match=r"front\.json: damaged \(points\.1\.trial: .*'\.\./\.\./t0001'"):
+        choose_points(Study.open(folder))
 
 
 def test_the_files_of_a_point_are_those_that_an_export_has(study: Path) -> None:
     for point in points_of(study).values():
-        there = {f"adapters/{point['trial']}/{path.name}" for path in (study / point["adapter"]).iterdir()}
+        assert point.adapter is not None
+        there = {f"adapters/{point.trial}/{path.name}" for path in (study / point.adapter).iterdir()}
         assert set(files_of(point)) == there
 
 
@@ -254,10 +261,10 @@ def test_an_exported_card_says_what_it_is(study: Path, tmp_path: Path, monkeypat
     assert tuner(monkeypatch, "export", study, "--out", tmp_path / "out") == 0
     card, plain = ((tmp_path / "out" / trial / "README.md").read_text() for trial in ("t0001", "t0000"))
     point = points_of(study)["t0001"]
-    for said in ("library_name: peft", "rank 4 (alpha 8", "q_proj, v_proj", f"{point['lora_parameters']:,} of them"):
+    for said in ("library_name: peft", "rank 4 (alpha 8", "q_proj, v_proj", f"{point.lora_parameters:,} of them"):
         assert said in card
-    assert f"| validation | {point['validation']['recall@10']:.3f} |" in card
-    assert f"| test | {point['test']['recall@10']:.3f} [0.100, 0.900] |" in card
+    assert f"| validation | {recall(point):.3f} |" in card
+    assert f"| test | {point.test.value('recall@10'):.3f} [0.100, 0.900] |" in card
     assert "+0.010 [-0.020, +0.040]" in card
     assert "PeftModel" not in plain and "A projection without LoRA" in plain
 
@@ -310,7 +317,7 @@ class Head:
         return [search, *(SimpleNamespace(submission_id=name, metadata={}, **vars(done)) for name in self.jobs)]
 
     def get_job_logs(self, job_id: str) -> str:
-        return json.dumps({"event": "start", "run_dir": str(self.study)}) + "\n"
+        return json_start(self.study) + "\n"
 
     def submit_job(self, **given: Any) -> str:
         self.jobs[given["submission_id"]] = given
@@ -407,7 +414,8 @@ def test_a_head_that_cannot_or_will_not(
 
 
 def json_start(study: Path) -> str:
-    return json.dumps({"event": "start", "run_dir": str(study)})
+    plan = {"study": STUDY, "space": "attention_only", "objectives": ["recall@10"], "trials": 2, "epochs": 2}
+    return json.dumps({"event": "study_started", **plan, "run_dir": str(study)})
 
 
 # A real cluster
@@ -440,13 +448,13 @@ def test_from_a_cluster_to_a_laptop(
     assert tuner(monkeypatch, "report", STUDY) == 0
     page = (tmp_path / f"{STUDY}.html").read_text()
     for point in points_of(study).values():
-        assert f"{point['trainable_parameters']:,}" in page and f"{point['test']['recall@10']:.3f}" in page
+        assert f"{point.trainable_parameters:,}" in page and f"{point.test.value('recall@10'):.3f}" in page
     assert str(study) not in page, "that folder is not on this machine"
 
     assert tuner(monkeypatch, "export", STUDY) == 0
     check_exported(tmp_path / f"{STUDY}-adapters", study, ["t0000", "t0001"])
     tensors = load_file(tmp_path / f"{STUDY}-adapters/t0001/adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in tensors.values()) == points_of(study)["t0001"]["lora_parameters"]
+    assert sum(tensor.numel() for tensor in tensors.values()) == points_of(study)["t0001"].lora_parameters
     capsys.readouterr()
     adapters = (tmp_path / f"{STUDY}-adapters/t0001", study / "adapters/t0001")
     measured = []
@@ -485,7 +493,7 @@ def test_a_study_here_is_not_looked_for_there(
 def test_a_missing_file_names_the_adapter(study: Path, tmp_path: Path) -> None:
     folder = write_copy(study, tmp_path / STUDY)
     (folder / "adapters/t0001/card.json").unlink()
-    run = read_journal(folder)
+    found = Study.open(folder)
     (out := tmp_path / "out").mkdir()
     with pytest.raises(AdapterError, match=f"{STUDY}/adapters/t0001/card.json: missing"):
-        write_handover(run, choose_points(run), folder, out)
+        write_handover(found, choose_points(found), folder, out)

@@ -24,8 +24,9 @@ from tuner.errors import StorageError, StudyError
 from tuner.search.durable import head_lease
 from tuner.search.durable.head_lease import LEASE_FILE, SETTLE_SECONDS, WATCH_SECONDS, Head, HeadLease, only_head
 from tuner.search.durable.mirror import mirrored
-from tuner.search.study import discard_record
+from tuner.search.request import discard_record
 from tuner.storage import Storage
+from tuner.study.folder import StudyFolder
 
 ELSEWHERE = Head(host="other-node", machine="its boot", pid=41, driver="theirs")
 DEADLINE = 60.0
@@ -327,7 +328,7 @@ def test_another_heads_record_is_not_discarded(
     place: Storage, kept: Storage, run_dir: Path, clock: SimpleNamespace
 ) -> None:
     """A new study that could not start takes its own record back, and no other."""
-    request: Any = SimpleNamespace(run_dir=run_dir, study_storage=kept)
+    request: Any = SimpleNamespace(folder=StudyFolder(run_dir), study_storage=kept)
     own = lease_of(kept, Head.here())
     own.claim()
     lease_of(kept, ELSEWHERE)._write(kept)

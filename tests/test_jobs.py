@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import io
-import math
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -18,67 +17,87 @@ from conftest import Tiny
 from scripted_head import Head
 
 from tuner import cli
+from tuner.config import TrialConfig
 from tuner.errors import ConfigError, StudyError
 from tuner.report.live import JsonView
-from tuner.report.progress import EpochRow, StudyHeader
 from tuner.service.jobs import follow
 from tuner.service.jobs.cluster import Cluster, connect
-from tuner.service.jobs.feed import EventFeed, read_event
+from tuner.service.jobs.feed import EventFeed
+from tuner.study.events import (
+    SAMPLED,
+    EpochDone,
+    Event,
+    FrontChanged,
+    Message,
+    StudyStarted,
+    TrialEnded,
+    TrialStarted,
+    parse_line,
+)
 
 
 @dataclass
 class Told:
-    """A view that writes down what it is told."""
+    """A view that writes down what it is shown."""
 
-    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
-    def start(self, header: StudyHeader) -> None:
-        self.calls.append(("start", header))
-
-    def trial_started(self, trial: str, origin: str, summary: str, parameters: int) -> None:
-        self.calls.append(("trial_started", trial, origin, summary, parameters))
-
-    def epoch(self, row: EpochRow) -> None:
-        self.calls.append(("epoch", row))
-
-    def trial_finished(self, trial: str, state: str, reason: str | None) -> None:
-        self.calls.append(("trial_finished", trial, state, reason))
-
-    def message(self, text: str) -> None:
-        self.calls.append(("message", text))
+    def show(self, event: Event) -> None:
+        self.events.append(event)
 
     def close(self) -> None:
-        self.calls.append(("close",))
+        """Nothing."""
+
+
+def started(trials: int = 5, run_dir: str = "/runs/s") -> StudyStarted:
+    objectives = ("recall@10", "trainable_parameters")
+    return StudyStarted(study="s", space="full", objectives=objectives, trials=trials, epochs=2, run_dir=run_dir)
+
+
+def begun(trial: str, parameters: float) -> TrialStarted:
+    known = {"trainable_parameters": parameters}
+    return TrialStarted(trial=trial, origin=SAMPLED, config=TrialConfig(), known=known)
+
+
+def epoch(trial: str, recall: float, loss: float = 0.5) -> EpochDone:
+    return EpochDone(trial=trial, epoch=1, loss=loss, metrics={"recall@10": recall}, train_seconds=1.5)
+
+
+def printed(*events: Event) -> str:
+    """What `--json` prints of these events."""
+    out = io.StringIO()
+    view = JsonView(out)
+    for event in events:
+        view.show(event)
+    return out.getvalue()
 
 
 # Events
 
 
 def test_a_view_there_is_a_view_here() -> None:
-    """What `--json` prints on the head gives a view here the very calls that a view there would have had."""
-    header = StudyHeader("s", "full", "recall@10", 3, 2, None, "/runs/s")
-    row = EpochRow("t0000", 1, 2, 0.5, 0.25, "recall@10", 1.5, 77)
-    out, here, said = io.StringIO(), Told(), list[str]()
-    for view in (there := JsonView(out), expected := Told()):
-        view.start(header)
-        view.trial_started("t0000", "sampled", "r=4, ünïcode", 77)
-        view.epoch(row)
-        view.message("confirming")
-        view.trial_finished("t0000", "failed", "loss became nan")
-    assert there
+    """What `--json` prints on the head shows a view here the very events that a view there would have been shown."""
+    events: list[Event] = [
+        started(),
+        begun("t0000", 77),
+        epoch("t0000", 0.25),
+        Message(text="confirming, ünïcode\u2028"),
+        TrialEnded(trial="t0000", state="failed", reason="loss became nan"),
+        FrontChanged(trials=("t0000", "t0003")),
+    ]
+    here, said = Told(), list[str]()
     feed = EventFeed(here, said.append)
-    for line in out.getvalue().splitlines():
+    for line in printed(*events).split("\n"):
         feed.line(line)
-    assert here.calls == expected.calls
+    assert here.events == events
     assert said == []
 
 
-def test_a_loss_that_diverged_is_nan_again() -> None:
-    out, here = io.StringIO(), Told()
-    JsonView(out).epoch(EpochRow("t0000", 1, 2, math.nan, 0.25, "recall@10", 1.5, 77))
-    EventFeed(here, print).line(out.getvalue())
-    ((_, row),) = here.calls
-    assert math.isnan(row.loss)
+def test_a_loss_that_diverged_stays_one() -> None:
+    here = Told()
+    EventFeed(here, print).line(printed(epoch("t0000", 0.25, loss=float("nan"))))
+    (event,) = here.events
+    assert isinstance(event, EpochDone) and event.loss is None and event.metrics == {"recall@10": 0.25}
 
 
 def test_words_are_passed_on_and_the_machinery_is_not() -> None:
@@ -96,8 +115,25 @@ def test_words_are_passed_on_and_the_machinery_is_not() -> None:
     ):
         feed.line(line)
     assert said == ["tuner: no such store", '{"event": "epoch", "trial"']
-    assert here.calls == []
-    assert read_event('{"other": 1}') is None
+    assert here.events == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "no such"}',
+        '{"event": "trial_ended", "trial": "../t0000", "state": "failed"}',
+        '{"event": "message", "text": ' + "[" * 100_000,
+        '{"event": "message", "text": ' + "9" * 5_000 + "}",
+        '{"event": "message", "text": "\\ud800"}',
+    ],
+)
+def test_what_is_no_event_is_shown_to_nobody(line: str) -> None:
+    """Whatever a head prints, a view here is shown whole events alone."""
+    here, said = Told(), list[str]()
+    EventFeed(here, said.append).line(line)
+    assert here.events == []
+    assert said == ([line] if parse_line(line) is None else [])
 
 
 # Following over bad connections
@@ -209,7 +245,7 @@ def test_a_space_of_the_users_own_travels_along(head: Head, monkeypatch: pytest.
         (["--data", "/there"], "--runs runs: on a cluster, give a folder that all its nodes see"),
         (["--data", "store", "--storage", "s3://b/studies"], "--data store: on a cluster, give a folder that all its"),
         (["--storage", "studies"], "--storage studies: on a cluster, give a folder that all its nodes see"),
-        (["--storage", "s3://key:hidden-word@b/x"], "holds credentials, which lists of processes would show"),
+        (["--storage", "s3://key:hidden-word@b/x"], "--storage s3://***@b/x: holds a password or key"),
         (["--data", "/d", "--runs", "/r", "--space", "ful"], "did you mean full?"),
     ],
 )
@@ -249,19 +285,22 @@ def test_a_study_runs_once_at_a_time(head: Head) -> None:
 def test_status_says_how_far_it_is_and_what_failed(
     head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = io.StringIO()
-    view = JsonView(out)
-    view.start(StudyHeader("s", "full", "recall@10", 5, 2, None, "/runs/s"))
-    for trial, parameters, recall in (("t0000", 77, 0.25), ("t0001", 700, 0.5), ("t0002", 7000, 0.4)):
-        view.trial_started(trial, "sampled", f"summary of {trial}", parameters)
-        view.epoch(EpochRow(trial, 1, 2, 0.5, recall, "recall@10", 1.5, parameters))
-    view.trial_finished("t0001", "complete", None)
-    view.trial_finished("t0002", "failed", "loss became nan in epoch 2")
-    head.log, head.status = [out.getvalue()], "RUNNING"
+    told: list[Event] = [started()]
+    for trial, parameters, recall in (
+        ("t0000", 77, 0.25),
+        ("t0001", 700, 0.5),
+        ("t0002", 7000, 0.6),
+        ("t0003", 70, 0.3),
+    ):
+        told += [begun(trial, parameters), epoch(trial, recall)]
+    told += [TrialEnded(trial=trial, state="complete") for trial in ("t0000", "t0001")]
+    told.append(TrialEnded(trial="t0002", state="failed", reason="loss became nan in epoch 2"))
+    head.log, head.status = [printed(*told)], "RUNNING"
     assert tuner(monkeypatch, "status", "s", "--address", "http://head:8265") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "study s, space full, encoder whisper-small, of me: running"
-    assert lines[1].startswith("3 of 5 trials: 1 running, 1 complete, 1 failed, about")
+    assert lines[1].startswith("4 of 5 trials: ") and ", about " in lines[1]
+    assert {"2 complete", "1 failed", "1 running"} <= set(lines[1].split(": ")[1].split(", "))
     assert lines[2] == "t0002 failed: loss became nan in epoch 2"
     assert lines[3] == "front 2 points so far:"
     assert [line.split()[0] for line in lines[4:]] == ["t0000", "t0001"]
@@ -270,9 +309,7 @@ def test_status_says_how_far_it_is_and_what_failed(
 def test_stopping_says_how_to_go_on(
     head: Head, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = io.StringIO()
-    JsonView(out).start(StudyHeader("s", "full", "recall@10", 5, 2, None, "/mnt/runs/s"))
-    head.status, head.log = "RUNNING", ["no event\n", out.getvalue()]
+    head.status, head.log = "RUNNING", ["no event\n", printed(started(run_dir="/mnt/runs/s"))]
     assert tuner(monkeypatch, "stop", "s", "--address", "http://head:8265") == 0
     again = "tuner search --resume s --runs /mnt/runs --address http://head:8265"
     assert capsys.readouterr().out == f"study s: stopped; go on with `{again}`\n"

@@ -7,12 +7,13 @@ from typing import Any, cast
 
 import pytest
 
+from tuner.lanes import fleet as fleet_module
 from tuner.lanes.capacity import Capacity, NodeGroup
 from tuner.lanes.fleet import Fleet, FleetSize
 from tuner.lanes.messages import Muster
-from tuner.report.live import View
 from tuner.search import lane_watch as module
 from tuner.search.lane_watch import LOOK_SECONDS, START_SECONDS, LaneWatch
+from tuner.study.events import View
 
 HEAD = NodeGroup(0, 0)
 
@@ -30,7 +31,8 @@ class Scene:
         self.said: list[str] = []
         self.needed: list[int] = []
         ray = SimpleNamespace(get=lambda answer: answer, available_resources=lambda: {"GPU": self.free})
-        monkeypatch.setattr(module, "ray", ray)
+        for place in (module, fleet_module):
+            monkeypatch.setattr(place, "ray", ray)
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(module, "present_nodes", self.nodes)
         monkeypatch.setattr(module, "failed_launches", lambda: self.failures)
@@ -38,7 +40,7 @@ class Scene:
             muster=SimpleNamespace(remote=lambda: Muster(tuple(map(str, range(self.up))), self.notes)),
             need=SimpleNamespace(remote=self.needed.append),
         )
-        view = cast("View", SimpleNamespace(message=self.said.append))
+        view = cast("View", SimpleNamespace(show=lambda event: self.said.append(event.text)))
         size = FleetSize(lanes, 1, True, capacity)
         self.watch = LaneWatch(Fleet(coordinator, "coordinator", lanes, pack), size, 1, view)
 

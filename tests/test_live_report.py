@@ -21,19 +21,21 @@ from typing import Any
 import psutil
 import pytest
 from conftest import Tiny
-from finished_study import CONFIGS, STUDY, epoch_row, points_of, start_study, write_front, write_study
+from finished_study import CONFIGS, KNOWN, STUDY, epoch_done, points_of, start_study, write_front, write_study
 
 from tuner.errors import ConfigError, StudyError
-from tuner.records import Journal
 from tuner.report.html import write_report
 from tuner.report.live import JsonView
-from tuner.report.progress import EpochRow, StudyHeader
-from tuner.report.run import read_journal, read_run
 from tuner.report.serve import LOOPBACK, LiveReport
-from tuner.report.watch import WatchedFolder, progress_of
+from tuner.report.watch import WatchedFolder
 from tuner.service.jobs import live_job
 from tuner.service.jobs.cluster import Cluster, StudyJob
 from tuner.service.jobs.live_job import WatchedJob
+from tuner.study.events import BASELINE, SAMPLED, EpochDone, Event, StudyStarted, TrialStarted
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import Journal
+from tuner.study.progress import progress_of
+from tuner.study.study import Study
 
 TRIALS = 3
 PATIENCE = 120.0  # seconds, on a busy machine
@@ -80,24 +82,24 @@ def told(server: LiveReport, path: str) -> dict[str, Any]:
 
 
 def run_trial(journal: Journal, trial: str, epochs: int = 2, recall: float = 0.5) -> None:
-    origin, config = CONFIGS.get(trial, ("sampled", CONFIGS["t0001"][1]))
-    journal.trial(trial, origin, config.model_dump(mode="json"))
+    origin, config = CONFIGS.get(trial, (SAMPLED, CONFIGS["t0001"][1]))
+    journal.start(TrialStarted(trial=trial, origin=origin, config=config, known=KNOWN))
     for epoch in range(1, epochs + 1):
-        journal.epoch(trial, epoch_row(None, epoch, recall))
+        journal.epoch(epoch_done(trial, epoch, {"recall@10": recall}))
 
 
 # A study in a folder
 
 
 def test_each_epoch_is_something_new_to_draw(folder: Path) -> None:
-    with serving(LiveReport(WatchedFolder(folder))) as server, closing(Journal(folder)) as journal:
+    with serving(LiveReport(WatchedFolder(folder))) as server, closing(Journal(StudyFolder(folder))) as journal:
         empty = told(server, "/status")
         assert not empty["ended"] and empty["text"].startswith("0 of 3 trials ended, 0 of 6 epochs")
         assert "No trial has started yet." in told(server, "/content")["html"]
         run_trial(journal, "t0000", epochs=1, recall=0.25)
         first = told(server, "/status")
         assert first["version"] != empty["version"]
-        assert first["text"].startswith("0 of 3 trials ended, 1 of 6 epochs, front 1 point, time left unknown")
+        assert first["text"].startswith("0 of 3 trials ended, 1 of 6 epochs, front 0 points, time left unknown")
         content = told(server, "/content")
         assert content["version"] == first["version"]
         assert "t0000" in content["html"] and "0.250" in content["html"]
@@ -126,7 +128,7 @@ def test_the_page_is_the_report_and_asks_this_server_alone(finished: Path) -> No
 def test_it_ends_with_the_front_of_all_trials(tiny: Tiny, finished: Path, folder: Path) -> None:
     """Not with that of an earlier, shorter search, which is what an extended study has meanwhile."""
     points = points_of(finished)
-    with serving(LiveReport(WatchedFolder(folder))) as server, closing(Journal(folder)) as journal:
+    with serving(LiveReport(WatchedFolder(folder))) as server, closing(Journal(StudyFolder(folder))) as journal:
         for trial in CONFIGS:
             run_trial(journal, trial)
             journal.end(trial, "complete")
@@ -145,18 +147,20 @@ def test_it_ends_with_the_front_of_all_trials(tiny: Tiny, finished: Path, folder
 
 
 def test_a_front_without_a_number_of_trials_is_final(finished: Path) -> None:
-    """As older searches wrote it."""
-    assert "trials" not in json.loads((finished / "front.json").read_text())
-    assert read_journal(finished).front is not None
+    """As version 0.1 wrote it."""
+    front = Study.open(finished).front
+    assert front is not None and front.trials is None
 
 
-def test_the_journal_says_what_the_table_says(finished: Path) -> None:
-    """The table is the slow way round: written now and then, read by the report of a finished search."""
-    by_table, by_journal = read_run(finished), read_journal(finished)
-    assert by_journal.trials == by_table.trials and by_journal.on_front == by_table.on_front
-    progress = progress_of(by_table)
-    latest = {name: trial.last.recall for name, trial in progress.trials.items() if trial.last}
-    assert latest == {trial.trial: trial.value for trial in by_table.measured}
+def test_the_state_is_that_of_the_report(finished: Path) -> None:
+    study = Study.open(finished)
+    progress = progress_of(study.record.plan(finished), study.history)
+    assert [trial.trial for trial in progress.trials] == [trial.trial for trial in study.measured] == list(CONFIGS)
+    (finished / "front.json").rename(finished / "front")
+    try:
+        assert {trial.trial for trial in progress.front()} == Study.open(finished).on_front
+    finally:
+        (finished / "front").rename(finished / "front.json")
     assert progress.epochs_settled == progress.epochs_total == 4
 
 
@@ -207,7 +211,7 @@ def test_a_taken_port_is_one_sentence(folder: Path) -> None:
         taken.bind((LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port}: .*; give another one, or 0"):
+        with pytest.raises(ConfigError, match=f"^port {port}: .*; give another one, or 0"):
             LiveReport(WatchedFolder(folder), port)
 
 
@@ -256,9 +260,9 @@ class Search:
     def _has_news(self, heard: int) -> bool:
         return len(self.lines) > heard or self.job.ended
 
-    def say(self, tell: Callable[[JsonView], None]) -> None:
+    def say(self, event: Event) -> None:
         out = io.StringIO()
-        tell(JsonView(out))
+        JsonView(out).show(event)
         with self._changed:
             self.lines.append(out.getvalue())
             self._changed.notify_all()
@@ -296,30 +300,31 @@ def watch(search: Search) -> WatchedJob:
 def test_a_search_elsewhere_is_followed_by_its_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """State at once; what is drawn comes in pieces that cost a job, so no more often than is allowed."""
     search = Search(folder)
-    header = StudyHeader(STUDY, "s", "recall@10", TRIALS, 2, None, str(folder))
     watched = watch(search)
     assert watched.status().text == "the search is starting"
-    search.say(lambda view: view.start(header))
-    search.say(lambda view: view.trial_started("t0000", "projection_only", "no LoRA", 1400))
-    with closing(Journal(folder)) as journal:
+    search.say(
+        StudyStarted(study=STUDY, space="s", objectives=("recall@10",), trials=TRIALS, epochs=2, run_dir=str(folder))
+    )
+    search.say(TrialStarted(trial="t0000", origin=BASELINE, config=CONFIGS["t0000"][1], known=KNOWN))
+    with closing(Journal(StudyFolder(folder))) as journal:
         run_trial(journal, "t0000", epochs=1, recall=0.25)
-    search.say(lambda view: view.epoch(EpochRow("t0000", 1, 2, 0.5, 0.25, "recall@10", 2.0, 1400)))
+    search.say(EpochDone(trial="t0000", epoch=1, loss=0.5, metrics={"recall@10": 0.25}, train_seconds=2.0))
     wait_for(lambda: "1 of 6 epochs" in watched.status().text)
     before = watched.status()
     assert (search.fetched, before.version, before.ended) == (1, "0", False)
-    assert not watched.run().rows, "drawn from what was fetched at the start"
+    assert not watched.study().trials, "drawn from what was fetched at the start"
     monkeypatch.setattr(live_job, "FETCH_SECONDS", 0.0)
     assert watched.status().version == "1"
-    run = watched.run()
-    assert (search.fetched, [row["recall@10"] for row in run.rows]) == (2, [0.25])
-    assert run.elsewhere
-    assert watched.run() is run and watched.status().version == "1"
+    study = watched.study()
+    assert (search.fetched, [trial.value("recall@10") for trial in study.trials]) == (2, [0.25])
+    assert watched.elsewhere
+    assert watched.study() is study and watched.status().version == "1"
 
 
 def test_the_end_elsewhere_is_fetched_at_once(folder: Path, finished: Path) -> None:
     search = Search(folder)
     watched = watch(search)
-    with closing(Journal(folder)) as journal:
+    with closing(Journal(StudyFolder(folder))) as journal:
         for number in range(TRIALS):
             run_trial(journal, f"t{number:04d}")
             journal.end(f"t{number:04d}", "complete")
@@ -327,7 +332,7 @@ def test_the_end_elsewhere_is_fetched_at_once(folder: Path, finished: Path) -> N
     search.end("SUCCEEDED")
     wait_for(lambda: watched.status().version == "1")
     assert not watched.status().ended, "the last of it is not drawn yet"
-    assert watched.run().front is not None
+    assert watched.study().front is not None
     assert (watched.status().ended, watched.status().text) == (True, "the search has ended (succeeded)")
     assert search.fetched == 2
 

@@ -40,7 +40,8 @@ class Logged:
 
     def rows(self, trial: str) -> list[dict[str, Any]]:
         events = read_journal(self.run_dir)
-        return [event["row"] for event in events if event["event"] == "epoch" and event["trial"] == trial]
+        epochs = (event for event in events if event["event"] == "epoch_done" and event["trial"] == trial)
+        return [{**event, **event["metrics"]} for event in epochs]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_an_unknown_logger_is_refused_before_anything_starts(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "--logger comet: no such logger; there are tensorboard, mlflow, wandb" in capsys.readouterr().err
+    assert "logger comet: no such logger; there are tensorboard, mlflow, wandb" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -248,7 +249,7 @@ def test_a_missing_package_names_the_extra(
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.setattr(importlib, "import_module", refuse_module)
-    said = rf"--logger {name}: {package} is not installed; run `pip install 'tuner\[{name}\]'`"
+    said = rf"logger {name}: {package} is not installed; run `pip install 'tuner\[{name}\]'`"
     with pytest.raises(ConfigError, match=said):
         make_loggers([name], tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -259,7 +260,7 @@ def test_wandb_without_an_account_is_one_sentence(tmp_path: Path, monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(ConfigError, match=r"--logger wandb: cannot be set up .*WANDB_API_KEY") as raised:
+    with pytest.raises(ConfigError, match=r"logger wandb: cannot be set up .*WANDB_API_KEY") as raised:
         make_loggers(["wandb"], tmp_path / "runs")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "runs/wandb").exists()

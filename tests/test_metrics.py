@@ -7,8 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tuner.train.results import BOOTSTRAP_RESAMPLES, DIRECTIONS, Measured, Retrieval, bootstrap, resample
+from tuner.config import TrialConfig
+from tuner.study.objectives import WAYS
+from tuner.study.points import Point, Scores
+from tuner.train.results import BOOTSTRAP_RESAMPLES, Measured, Retrieval, bootstrap, resample
 from tuner.train.retrieval import retrieve
+
+POINT = Point(
+    trial="t0000",
+    origin="sampled",
+    config=TrialConfig(),
+    lora_parameters=0,
+    trainable_parameters=1,
+    validation=Scores(),
+    on_front=False,
+)
 
 
 def naive(score: np.ndarray, positive: np.ndarray) -> tuple[list[int], list[float]]:
@@ -114,7 +127,7 @@ def test_the_paired_interval_is_that_of_resampled_differences() -> None:
     result = bootstrap(better, worse)
     generator = np.random.default_rng(0)
     drawn: dict[str, list[float]] = {}
-    for name in DIRECTIONS:
+    for name in WAYS:
         ours, theirs = (each.direction(name).per_query() for each in (better, worse))
         difference_Q = {key: ours[key] - theirs[key] for key in ours}
         queries = len(next(iter(difference_Q.values())))
@@ -129,10 +142,10 @@ def test_the_paired_interval_is_that_of_resampled_differences() -> None:
 
 
 def test_a_point_is_compared_by_what_two_lanes_have_sent() -> None:
-    better, worse = (Measured({}, each.metrics(), resample(each)) for each in pair())
+    better, worse = (Measured(POINT, each.metrics(), resample(each)) for each in pair())
     difference = better.minus(worse)
-    assert {key: entry["interval"] for key, entry in difference.items()} == bootstrap(*pair())
-    assert difference["recall@10"]["difference"] == better.metrics["recall@10"] - worse.metrics["recall@10"]
+    assert {key: entry.interval for key, entry in difference.items()} == bootstrap(*pair())
+    assert difference["recall@10"].difference == better.metrics["recall@10"] - worse.metrics["recall@10"]
     assert "audio_to_text_median_rank" not in difference
 
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,15 +20,28 @@ from tuner.config import LoraSpec, TrialConfig
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.lanes import gauges
 from tuner.lanes.gauges import LaneMetrics, LaneTags
-from tuner.pareto import hypervolume
-from tuner.report.progress import EpochRow, StudyHeader
-from tuner.search import metrics as search_metrics
-from tuner.search.metrics import MeteredView
+from tuner.search import gauges as search_gauges
+from tuner.search.gauges import MeteredView
 from tuner.service.dashboards.monitoring import dashboard
+from tuner.study.events import (
+    STATES,
+    EndState,
+    EpochDone,
+    Event,
+    FrontChanged,
+    Message,
+    StudyStarted,
+    TrialEnded,
+    TrialStarted,
+)
+from tuner.study.objectives import DEFAULT_OBJECTIVES, choose_objectives
+from tuner.study.pareto import hypervolume
 from tuner.train.pack import Pack, PackContext
 from tuner.train.prefix import PrefixUse
 
-HEADER = StudyHeader("s", "full", "recall@10", 5, 2, None, "/runs/s")
+
+def plan(*objectives: str) -> StudyStarted:
+    return StudyStarted(study="s", space="full", objectives=objectives, trials=5, epochs=2, run_dir="/runs/s")
 
 
 @dataclass
@@ -89,7 +101,7 @@ class Remembering:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     registry = Registry()
-    monkeypatch.setattr(search_metrics, "Gauge", registry.metric)
+    monkeypatch.setattr(search_gauges, "Gauge", registry.metric)
     monkeypatch.setattr(gauges, "Gauge", registry.metric)
     monkeypatch.setattr(gauges, "Counter", registry.counter)
     return registry
@@ -98,27 +110,37 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
 # The search
 
 
-class Silent:
-    """A view that shows nothing."""
+class Remembered:
+    """A view that keeps what it was shown."""
 
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.closed = False
+
+    def show(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
 def view(registry: Registry) -> MeteredView:
-    view = MeteredView(Silent(), minimise_parameters=True)
-    view.start(HEADER)
+    view = MeteredView(Remembered())
+    view.show(plan(*DEFAULT_OBJECTIVES))
     return view
 
 
-def train(view: MeteredView, number: int, recalls: list[float], parameters: int = 1000, end: str | None = None) -> None:
+def train(
+    view: MeteredView, number: int, recalls: list[float], parameters: int = 1000, end: EndState | None = None
+) -> None:
     trial = f"t{number:04d}"
-    view.trial_started(trial, "sampled", "r=4", parameters)
+    known = {"trainable_parameters": float(parameters)}
+    view.show(TrialStarted(trial=trial, origin="sampled", config=TrialConfig(), known=known))
     for epoch, recall in enumerate(recalls, start=1):
-        view.epoch(EpochRow(trial, epoch, 2, 0.5 / epoch, recall, "recall@10", 1.0, parameters))
+        view.show(EpochDone(trial=trial, epoch=epoch, loss=0.5 / epoch, metrics={"recall@10": recall}, train_seconds=1))
     if end:
-        view.trial_finished(trial, end, None)
+        view.show(TrialEnded(trial=trial, state=end))
 
 
 def test_trials_are_counted_by_state(view: MeteredView, registry: Registry) -> None:
@@ -126,7 +148,7 @@ def test_trials_are_counted_by_state(view: MeteredView, registry: Registry) -> N
     train(view, 1, [0.3], end="stopped")
     train(view, 2, [], end="failed")
     train(view, 3, [math.nan])
-    assert {state: registry.value("tuner_trials", state=state) for state in search_metrics.STATES} == {
+    assert {state: registry.value("tuner_trials", state=state) for state in STATES} == {
         "complete": 1,
         "stopped": 1,
         "failed": 1,
@@ -151,7 +173,7 @@ def test_a_slot_shows_its_trial_and_is_given_on(view: MeteredView, registry: Reg
     assert registry.value("tuner_trial_number", slot="1") == 1
     assert registry.value("tuner_trial_recall", slot="0") == 0.1
     assert registry.value("tuner_trial_loss", slot="1") == 0.5
-    view.trial_finished("t0000", "complete", None)
+    view.show(TrialEnded(trial="t0000", state="complete"))
     assert math.isnan(registry.value("tuner_trial_recall", slot="0"))
     assert math.isnan(registry.value("tuner_trial_number", slot="0"))
     train(view, 2, [0.3])
@@ -163,7 +185,7 @@ def test_a_thousand_trials_have_no_more_series_than_run_at_once(view: MeteredVie
     for number in range(1000):
         train(view, number, [0.1, 0.2])
         if number >= 3:
-            view.trial_finished(f"t{number - 3:04d}", "complete", None)
+            view.show(TrialEnded(trial=f"t{number - 3:04d}", state="complete"))
     assert {name: len(series) for name, series in registry.values.items() if len(series) > 4} == {}
 
 
@@ -173,19 +195,19 @@ def test_the_front_is_that_of_all_complete_trials(view: MeteredView, registry: R
     recalls, parameters = random.random(40), random.integers(100, 10**7, 40)
     assert registry.value("tuner_front_hypervolume") == 0
     for number in range(40):
-        end = "complete" if number % 4 else "stopped"
+        end: EndState = "complete" if number % 4 else "stopped"
         train(view, number, [float(recalls[number]) / 2, float(recalls[number])], int(parameters[number]), end)
     complete = [number for number in range(40) if number % 4]
-    values = np.stack([recalls[complete], np.log10(parameters[complete])], axis=1)
-    volume = hypervolume(values, [0.0, 9.0], ["maximize", "minimize"])
+    values = np.stack([recalls[complete], parameters[complete]], axis=1)
+    volume = hypervolume(values, choose_objectives(DEFAULT_OBJECTIVES))
     assert registry.value("tuner_front_hypervolume") == pytest.approx(volume)
     beaten = sum(any(a[0] >= b[0] and a[1] <= b[1] and (a != b).any() for a in values) for b in values)
     assert registry.value("tuner_front_points") == len(values) - beaten
 
 
 def test_with_recall_alone_the_front_is_the_best_trial(registry: Registry) -> None:
-    view = MeteredView(Silent(), minimise_parameters=False)
-    view.start(HEADER)
+    view = MeteredView(Remembered())
+    view.show(plan("recall@10"))
     train(view, 0, [0.4], 10, "complete")
     train(view, 1, [0.7], 10**8, "complete")
     assert registry.value("tuner_front_points") == 1
@@ -193,18 +215,16 @@ def test_with_recall_alone_the_front_is_the_best_trial(registry: Registry) -> No
 
 
 def test_the_view_behind_hears_everything(registry: Registry) -> None:
-    heard: list[str] = []
-
-    class Hearing:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *arguments: heard.append(name)
-
-    view = MeteredView(Hearing(), minimise_parameters=True)
-    view.start(HEADER)
+    behind = Remembered()
+    view = MeteredView(behind)
+    view.show(plan("recall@10"))
     train(view, 0, [0.1], end="complete")
-    view.message("word")
+    view.show(FrontChanged(trials=("t0000",)))
+    view.show(Message(text="word"))
     view.close()
-    assert heard == ["start", "trial_started", "epoch", "trial_finished", "message", "close"]
+    kinds = ["study_started", "trial_started", "epoch_done", "trial_ended", "front_changed", "message"]
+    assert [event.event for event in behind.events] == kinds
+    assert behind.closed
 
 
 # A lane

@@ -213,13 +213,13 @@ def test_figures_are_those_of_the_search(watched: Watched) -> None:
         return float(item["value"][1])
 
     complete = value('ray_tuner_trials{state="complete"}')
-    ended = [event for event in read_journal(watched.driver.study) if event["event"] == "end"]
+    ended = [event for event in read_journal(watched.driver.study) if event["event"] == "trial_ended"]
     assert 0 < complete <= len(ended)
     assert value('ray_tuner_trials{state="running"}') <= 2
     assert {item["metric"]["slot"] for item in watched.query("ray_tuner_trial_recall")} <= {"0", "1"}
-    rows = [event["row"] for event in read_journal(watched.driver.study) if event["event"] == "epoch"]
-    assert value("ray_tuner_best_recall") == pytest.approx(max(row["recall@10"] for row in rows))
-    assert 0 < value("ray_tuner_epochs") <= len(rows)
+    epochs = [event for event in read_journal(watched.driver.study) if event["event"] == "epoch_done"]
+    assert value("ray_tuner_best_recall") == pytest.approx(max(event["metrics"]["recall@10"] for event in epochs))
+    assert 0 < value("ray_tuner_epochs") <= len(epochs)
     assert value("ray_tuner_front_hypervolume") > 1
     assert 50e6 < value(f'ray_tuner_lane_memory_bytes{{lane="{LANE}"}}') < 5e9
     assert value("ray_tuner_prefix_read_bytes_total") > 0

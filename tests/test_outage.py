@@ -27,11 +27,18 @@ from tuner.errors import StudyError
 from tuner.lanes import lifeline as lifeline_module
 from tuner.lanes.lifeline import Lifeline
 from tuner.patience import PATIENCE_VARIABLE, Patience
-from tuner.records import Journal
+from tuner.search.durable.database import PatientStorage
 from tuner.search.durable.driver_lock import only_driver
-from tuner.search.study import open_storage
+from tuner.study.events import EpochDone, TrialStarted
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import Journal
 
-CONFIG = TrialConfig().model_dump(mode="json")
+TRIAL = TrialStarted(trial="t0000", origin="sampled", config=TrialConfig())
+EPOCH = EpochDone(trial="t0000", epoch=1, loss=0.5)
+
+
+def epochs_of(journal: Journal) -> list[int]:
+    return [epoch for trial in journal.history.trials for epoch in trial.epochs]
 
 
 @pytest.fixture
@@ -55,15 +62,15 @@ class SmallDisk(io.FileIO):
 def test_a_journal_on_a_full_disk_goes_on_where_it_stopped(tmp_path: Path, clock: SimpleNamespace) -> None:
     """In the middle of a line; once there is room, the rest of that very line follows."""
     said: list[str] = []
-    with closing(Journal(tmp_path, Patience(said.append))) as journal:
-        journal.trial("t0000", "sampled", CONFIG)
+    with closing(Journal(StudyFolder(tmp_path), Patience(said.append))) as journal:
+        journal.start(TRIAL)
         journal._file.close()
         journal._file = disk = SmallDisk(tmp_path / "journal.jsonl", "ab")
         disk.room = 10
         clock.on_sleep = lambda: setattr(disk, "room", 10_000)
-        journal.epoch("t0000", {"epoch": 1, "loss": 0.5})
-    with closing(Journal(tmp_path)) as again:
-        assert [row["epoch"] for row in again.rows()] == [1]
+        journal.epoch(EPOCH)
+    with closing(Journal(StudyFolder(tmp_path))) as again:
+        assert epochs_of(again) == [1]
     lines = (tmp_path / "journal.jsonl").read_text().splitlines()
     assert len(lines) == 2
     assert "journal.jsonl: OSError: [Errno 28] No space left" in said[0]
@@ -72,32 +79,32 @@ def test_a_journal_on_a_full_disk_goes_on_where_it_stopped(tmp_path: Path, clock
 def test_a_disk_that_stays_full_is_one_sentence_and_leaves_a_whole_journal(
     tmp_path: Path, clock: SimpleNamespace
 ) -> None:
-    journal = Journal(tmp_path, Patience(lambda text: None))
-    journal.trial("t0000", "sampled", CONFIG)
+    journal = Journal(StudyFolder(tmp_path), Patience(lambda text: None))
+    journal.start(TRIAL)
     journal._file.close()
     journal._file = disk = SmallDisk(tmp_path / "journal.jsonl", "ab")
     disk.room = 10
     with pytest.raises(StudyError, match="the storage has failed for 120 s"):
-        journal.epoch("t0000", {"epoch": 1, "loss": 0.5})
+        journal.epoch(EPOCH)
     waited = clock.now
     with pytest.raises(StudyError, match="the storage has failed"):
         journal.end("t0000", "stopped")
     assert clock.now == waited, "what has been waited for in vain is not waited for again"
     journal.close()
-    with closing(Journal(tmp_path)) as again:
-        assert [row.get("epoch") for row in again.rows()] == [None]
-        assert again.epoch("t0000", {"epoch": 1, "loss": 0.5}), "the epoch is told again by a resumed study"
-    with closing(Journal(tmp_path)) as last:
-        assert [row["epoch"] for row in last.rows()] == [1]
+    with closing(Journal(StudyFolder(tmp_path))) as again:
+        assert epochs_of(again) == []
+        assert again.epoch(EPOCH), "the epoch is told again by a resumed study"
+    with closing(Journal(StudyFolder(tmp_path))) as last:
+        assert epochs_of(last) == [1]
 
 
 def test_a_table_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = Journal(tmp_path)
-    journal.trial("t0000", "sampled", CONFIG)
+    journal = Journal(StudyFolder(tmp_path))
+    journal.start(TRIAL)
     journal.write_parquet()
-    journal.epoch("t0000", {"epoch": 1, "loss": 0.5})
+    journal.epoch(EPOCH)
 
     def write(table: Any, path: Path) -> None:
         path.write_bytes(b"half a table")
@@ -123,7 +130,7 @@ class Database:
     """A study whose database may have so many pages: SQLite's own `database or disk is full`, as of a full disk."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        storage = open_storage(folder, Patience(say))
+        storage = PatientStorage(folder / "study.db", Patience(say))
         self.study = optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
         self.pages = ROOM
         event.listen(storage.engine, "checkout", self._limit)
@@ -176,7 +183,11 @@ def test_mistakes_are_not_waited_for(tmp_path: Path, clock: SimpleNamespace) -> 
 HOLDER = """
 import sys, time
 from pathlib import Path
+from tuner.search.durable.database import PatientStorage
 from tuner.search.durable.driver_lock import only_driver
+from tuner.study.events import EpochDone, TrialStarted
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import Journal
 with only_driver(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -24,8 +24,11 @@ from tuner.errors import PlacementError
 from tuner.lora import adapter as adapters
 from tuner.lora.path import MIN_TOKENS, EncodingPath, check_placement, clips_to_trace, describe, trace_path
 from tuner.lora.placement import resolve_placement
-from tuner.records import Journal
-from tuner.search.callback import Recorder
+from tuner.search.recorder import Recorder
+from tuner.study.events import Event, Message
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import Journal
+from tuner.study.objectives import choose_objectives
 from tuner.train.pack import Pack, PackContext
 
 SECONDS = (0.83, 0.4)
@@ -226,15 +229,16 @@ def test_a_trial_off_the_path_is_trained_with_a_warning(tiny: Tiny, bypassed: Au
 
 def test_the_warning_of_a_lane_reaches_the_view(tmp_path: Path) -> None:
     """It travels with the epochs, and is said once for a trial."""
-    said: list[str] = []
-    view: Any = SimpleNamespace(message=said.append, epoch=lambda row: None)
-    journal = Journal(tmp_path)
-    recorder = Recorder(journal, view, "recall@10", lambda config: 0, lambda: True)
-    row = {"loss": 1.0, "recall@10": 0.5, "train_seconds": 1.0, "validation_seconds": 1.0, "trainable_parameters": 9}
+    shown: list[Event] = []
+    view: Any = SimpleNamespace(show=shown.append)
+    journal = Journal(StudyFolder(tmp_path))
+    recorder = Recorder(journal, view, choose_objectives(["recall@10"]), lambda: True)
+    row = {"loss": 1.0, "recall@10": 0.5, "train_seconds": 1.0, "validation_seconds": 1.0}
     for trial in ("t0000", "t0001"):
         record: Any = SimpleNamespace(config={"trial": trial, "epochs": 2})
         warning = {"warning": "layers.2.fc1 is off the path"} if trial == "t0001" else {}
         for epoch in (1, 2):
             recorder.on_trial_result(epoch, [], record, {**row, **warning, "epoch": epoch})
     journal.close()
+    said = [event.text for event in shown if isinstance(event, Message)]
     assert said == ["t0001: layers.2.fc1 is off the path"]

@@ -122,7 +122,7 @@ def test_a_search_is_submitted_followed_and_remembered(laptop: Laptop, tiny: Tin
     assert front["study"] == STUDY
     assert {point["trial"] for point in front["points"]} <= {f"t{number:04d}" for number in range(TRIALS)}
     assert any(point["on_front"] for point in front["points"])
-    assert said.count('"event": "epoch"') == TRIALS
+    assert said.count('"event": "epoch_done"') == TRIALS
     assert "on the front; report: " in said
 
     listed = laptop.run("tuner", "studies", "--address", laptop.address).splitlines()
@@ -131,7 +131,7 @@ def test_a_search_is_submitted_followed_and_remembered(laptop: Laptop, tiny: Tin
     status = laptop.run("tuner", "status", STUDY, "--address", laptop.address)
     assert f"{TRIALS} of {TRIALS} trials: {TRIALS} complete" in status
     again = laptop.run("tuner", "logs", STUDY, "--address", laptop.address, "--json")
-    assert again.count('"event": "epoch"') == TRIALS
+    assert again.count('"event": "epoch_done"') == TRIALS
 
     page, adapters = laptop.host.folder / "laptop/page.html", laptop.host.folder / "laptop/adapters"
     laptop.run("tuner", "report", STUDY, "--address", laptop.address, "--out", page)

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from study_folder import HEAD, HOSTILE, write_run
+from study_folder import HEAD, HOSTILE, edit_journal, edit_json, edit_points, write_run
 
 from tuner.errors import StudyError
 from tuner.report.answer import headline
 from tuner.report.charts import all_charts, save_front_svg
 from tuner.report.html import write_report
-from tuner.report.run import metric_of, read_run
+from tuner.study.points import ConfirmedFront, Point, Scores
+from tuner.study.study import Study
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -80,59 +79,62 @@ def charted(spec: dict[str, Any], layer: int | None = None) -> list[dict[str, An
     return values
 
 
-def edit_front(folder: Path, **changes: dict[str, Any]) -> None:
-    """Change fields of front points by trial."""
-    front = json.loads((folder / "front.json").read_text(encoding="utf-8"))
-    for point in front["points"]:
-        point.update(changes.get(point["trial"], {}))
-    (folder / "front.json").write_text(json.dumps(front), encoding="utf-8")
+def confirmed(study: Study) -> ConfirmedFront:
+    assert study.front is not None
+    return study.front
+
+
+def best_of(study: Study) -> Point:
+    return max(confirmed(study).points, key=lambda point: point.validation.value("recall@10") or 0.0)
 
 
 def test_page_answers_in_its_first_sentence(finished: Path, page: Page) -> None:
-    front = json.loads((finished / "front.json").read_text(encoding="utf-8"))
-    best = max(front["points"], key=lambda point: point["validation"]["recall@10"])
-    worth = best["test_vs_baseline"]["recall@10"]
-    low, high = worth["interval"]
-    sentence = headline(read_run(finished))[0]
+    study = Study.open(finished)
+    best = best_of(study)
+    worth = best.test_vs_baseline["recall@10"]
+    low, high = worth.interval
+    sentence = headline(study)[0]
     assert sentence == (
-        f"LoRA is worth {worth['difference']:+.3f} recall@10 [{low:+.3f}, {high:+.3f}] "
-        f"over the projection alone, at {best['lora_parameters']:,} LoRA parameters "
-        f"({best['lora_parameters'] + HEAD:,} trainable in all)."
+        f"LoRA is worth {worth.difference:+.3f} recall@10 [{low:+.3f}, {high:+.3f}] "
+        f"over the projection alone, at {best.lora_parameters:,} LoRA parameters "
+        f"({best.lora_parameters + HEAD:,} trainable in all)."
     )
     assert sentence in page.text
 
 
 def test_smallest_point_inside_the_interval_of_the_best(finished: Path) -> None:
-    points = json.loads((finished / "front.json").read_text(encoding="utf-8"))["points"]
-    best = max(points, key=lambda point: point["validation"]["recall@10"])
-    inside = [p for p in points if p["test"]["recall@10"] >= best["test"]["intervals"]["recall@10"][0]]
-    smallest = min(inside, key=lambda point: point["trainable_parameters"])
+    study = Study.open(finished)
+    best = best_of(study)
+    low = best.test.intervals["recall@10"][0]
+    inside = [point for point in confirmed(study).points if (point.test.value("recall@10") or 0.0) >= low]
+    smallest = min(inside, key=lambda point: point.trainable_parameters)
     assert smallest is not best
-    assert f"is {smallest['trial']} with {smallest['trainable_parameters']:,}" in headline(read_run(finished))[1]
+    assert f"is {smallest.trial} with {smallest.trainable_parameters:,}" in headline(study)[1]
 
 
 def test_answer_admits_what_the_test_gallery_does_not_show(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "demo")
-    best = max(json.loads((folder / "front.json").read_text())["points"], key=lambda p: p["validation"]["recall@10"])
+    best = best_of(Study.open(folder)).trial
     unclear = {"recall@10": {"difference": 0.01, "interval": [-0.01, 0.03]}}
-    edit_front(folder, **{best["trial"]: {"test_vs_baseline": unclear}})
-    assert "interval contains zero" in headline(read_run(folder))[1]
+    edit_points(folder, **{best: {"test_vs_baseline": unclear}})
+    assert "interval contains zero" in headline(Study.open(folder))[1]
     loss = {"recall@10": {"difference": -0.02, "interval": [-0.03, -0.01]}}
-    edit_front(folder, **{best["trial"]: {"test_vs_baseline": loss}})
-    assert "did not hold on test" in headline(read_run(folder))[1]
-    edit_front(folder, t0000={"validation": {"recall@10": 0.99}})
-    assert headline(read_run(folder)) == [
+    edit_points(folder, **{best: {"test_vs_baseline": loss}})
+    assert "did not hold on test" in headline(Study.open(folder))[1]
+    edit_points(folder, t0000={"validation": {"recall@10": 0.99}})
+    assert headline(Study.open(folder)) == [
         "No LoRA configuration was better than the projection alone in recall@10 on validation."
     ]
 
 
 def test_table_holds_every_point_with_its_measurements(finished: Path, page: Page) -> None:
-    for point in json.loads((finished / "front.json").read_text(encoding="utf-8"))["points"]:
-        low, high = point["test"]["intervals"]["recall@10"]
+    for point in confirmed(Study.open(finished)).points:
+        low, high = point.test.intervals["recall@10"]
+        assert point.adapter is not None
         for shown in (
-            point["trial"],
-            point["adapter"],
-            f"{point['test']['recall@10']:.3f}",
+            point.trial,
+            point.adapter,
+            f"{point.test.value('recall@10'):.3f}",
             f"[{low:.3f}, {high:.3f}]",
         ):
             assert shown in page.text
@@ -158,13 +160,16 @@ def test_page_loads_nothing_from_outside(finished: Path, page: Page) -> None:
     assert not re.search(r"@import|url\(", html.split("</style>")[0])
 
 
+def hostile_targets(event: dict[str, Any]) -> None:
+    lora = event.get("config", {}).get("lora")
+    if lora is not None and lora["targets"] == ["q_proj", "v_proj"]:
+        lora["targets"] = [HOSTILE]
+
+
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "demo", name=HOSTILE)
-    edit_front(folder, t0001={"adapter": HOSTILE, "target_modules": ['"><img src=x>']})
-    table = pq.read_table(folder / "trials.parquet")
-    column = [HOSTILE if value == "q_proj,v_proj" else value for value in table["lora.targets"].to_pylist()]
-    index = table.schema.get_field_index("lora.targets")
-    pq.write_table(table.set_column(index, "lora.targets", [column]), folder / "trials.parquet")
+    edit_points(folder, t0001={"adapter": HOSTILE, "target_modules": ['"><img src=x>']})
+    edit_journal(folder, hostile_targets)
     html = write_report(folder).read_text(encoding="utf-8")
     parsed = Page(html)
     assert len(parsed.scripts) == 3 and not any("alert(" in script for script in parsed.scripts[1:])
@@ -174,66 +179,60 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_no_field_of_a_study_becomes_markup(tmp_path: Path) -> None:
-    """Whatever a name, a path, a reason, a metric or a setting holds, on the page and in the picture."""
+    """Whatever a name, a path, a reason or a setting holds, on the page and in the picture."""
     folder = write_run(tmp_path / "demo")
-    record = json.loads((folder / "study.json").read_text())
-    record |= {"study": HOSTILE, "created": HOSTILE, "seed": HOSTILE}
-    record["encoder"] |= dict.fromkeys(("family", "source", "shape", "path"), HOSTILE)
-    record["settings"]["store"] = record["objectives"][0]["metric"] = HOSTILE
-    record["space"] |= {"name": HOSTILE, "description": HOSTILE, "target_sets": {HOSTILE: ["q_proj", "v_proj"]}}
-    (folder / "study.json").write_text(json.dumps(record))
-    rows = pq.read_table(folder / "trials.parquet").to_pylist()
-    for row in rows:
-        row[HOSTILE] = row.pop("recall@10")
-    rows[-1] |= {"state": "failed", "reason": HOSTILE, "origin": HOSTILE}
-    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
-    edit_front(folder, t0001={"adapter": HOSTILE, "origin": HOSTILE, "target_modules": [HOSTILE]})
+
+    def record(values: dict[str, Any]) -> None:
+        values["study"] = HOSTILE
+        values["encoder"] |= dict.fromkeys(("family", "source", "shape"), HOSTILE)
+        values["settings"]["store"] = values["settings"]["encoder"]["source"] = HOSTILE
+        values["space"] |= {"name": HOSTILE, "description": HOSTILE}
+        values["space"]["target_sets"][HOSTILE] = ["q_proj"]
+
+    def events(event: dict[str, Any]) -> None:
+        hostile_targets(event)
+        if event["trial"] == "t0013" and event["event"] == "trial_started":
+            event["origin"] = HOSTILE
+        if event["trial"] == "t0013" and event["event"] == "trial_ended":
+            event |= {"state": "failed", "reason": HOSTILE}
+
+    edit_json(folder / "study.json", record)
+    edit_journal(folder, events)
+    edit_points(folder, t0001={"adapter": HOSTILE, "origin": HOSTILE, "target_modules": [HOSTILE]})
     parsed = Page(write_report(folder).read_text(encoding="utf-8"))
     assert len(parsed.scripts) == 3 and not any("alert(" in script for script in parsed.scripts[1:])
     assert parsed.text.count(HOSTILE) > 10
     assert not [value for _, name, value in parsed.attributes if name.startswith("on") or "javascript:" in value]
-    save_front_svg(read_run(folder), folder / "front.svg")
+    save_front_svg(Study.open(folder), folder / "front.svg")
     picture = ElementTree.parse(folder / "front.svg")
     assert not [element for element in picture.iter() if element.tag.endswith("script")]
-    assert HOSTILE in "".join(picture.getroot().itertext()), "as the title of an axis"
 
 
 def test_commands_to_paste_are_quoted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "demo")
-    record = json.loads((folder / "study.json").read_text())
-    record["settings"]["store"] = "store; rm -rf ~"
-    (folder / "study.json").write_text(json.dumps(record))
+    edit_json(folder / "study.json", lambda record: record["settings"].update(store="store; rm -rf ~"))
     (command,) = re.findall(r"tuner evaluate .*--data .*", unescape(write_report(folder).read_text()))
     assert "--data 'store; rm -rf ~'" in command
-
-
-@pytest.mark.parametrize("adapter", ["../../etc", "/etc", "adapters/../../x", 3])
-def test_a_front_names_adapters_of_its_own_study(tmp_path: Path, adapter: object) -> None:
-    folder = write_run(tmp_path / "demo")
-    edit_front(folder, t0001={"adapter": adapter})
-    with pytest.raises(StudyError, match=r"front\.json: damaged"):
-        write_report(folder)
 
 
 def test_charts_hold_the_trials(finished: Path, page: Page) -> None:
     charts = page.charts
     assert {"front", "curves", "progress"} <= set(charts)
-    run = read_run(finished)
-    assert sum(key.startswith("dimension-") for key in charts) == len(run.searched) == 4
+    study = Study.open(finished)
+    assert sum(key.startswith("dimension-") for key in charts) == len(study.searched) == 4
     steps, points, _, tests = (charted(charts["front"], layer) for layer in range(4))
-    assert {item["trial"] for item in points} == {trial.trial for trial in run.measured}
+    assert {item["trial"] for item in points} == {trial.trial for trial in study.measured}
     assert "t0003" not in {item["trial"] for item in points}
-    assert {item["trial"] for item in steps} == run.on_front
+    assert {item["trial"] for item in steps} == study.on_front
     assert charts["front"]["layer"][0]["encoding"]["x"]["scale"]["type"] == "log"
-    confirmed = (run.front or {})["points"]
-    assert {item["trial"] for item in tests} == {point["trial"] for point in confirmed}
+    assert {item["trial"] for item in tests} == {point.trial for point in confirmed(study).points}
     assert all(item["low"] < item["test"] < item["high"] for item in tests)
     roles = {item["trial"]: item["role"] for item in points}
     assert (roles["t0000"], roles["t0001"]) == ("projection only", "recommended")
 
 
 def test_axes_of_counts_have_whole_numbers_alone(finished: Path) -> None:
-    charts = all_charts(read_run(finished))
+    charts = all_charts(Study.open(finished))
     assert charts["curves"]["layer"][0]["encoding"]["x"]["axis"]["values"] == [1, 2, 3, 4, 5, 6]
     trials = charts["progress"]["encoding"]["x"]["axis"]["values"]
     assert trials == [1, 3, 5, 7, 9, 11, 13], "of 13 trials with a result, as many as can be read"
@@ -241,47 +240,48 @@ def test_axes_of_counts_have_whole_numbers_alone(finished: Path) -> None:
 
 def test_a_single_trial_has_room_around_it(tmp_path: Path) -> None:
     """A scale from 0.38 to 0.38 has no ticks that can be read."""
-    run = read_run(write_run(tmp_path / "demo", front=False, trials=1))
-    low, high = all_charts(run)["front"]["layer"][1]["encoding"]["y"]["scale"]["domain"]
-    assert low < (run.measured[0].value or 0.0) < high
+    study = Study.open(write_run(tmp_path / "demo", front=False, trials=1))
+    low, high = all_charts(study)["front"]["layer"][1]["encoding"]["y"]["scale"]["domain"]
+    assert low < study.measured[0].value("recall@10") < high
 
 
 def test_searched_values_keep_the_scale_of_the_space(finished: Path) -> None:
-    run = read_run(finished)
-    charts = all_charts(run)
-    scales = {path: charts[f"dimension-{i}"]["encoding"]["x"] for i, path in enumerate(run.searched)}
+    study = Study.open(finished)
+    charts = all_charts(study)
+    scales = {path: charts[f"dimension-{i}"]["encoding"]["x"] for i, path in enumerate(study.searched)}
     assert scales["lora.rank"]["scale"]["type"] == "log"
     assert scales["lora.dropout"]["scale"]["type"] == "linear"
     assert scales["lora.targets"]["type"] == "nominal"
-    values = charted(charts[f"dimension-{run.searched.index('lora.targets')}"])
+    values = charted(charts[f"dimension-{study.searched.index('lora.targets')}"])
     assert {item["setting"] for item in values} == {"attention", "query_value"}
 
 
 def test_dominated_area_counts_parameters_in_decades_and_never_shrinks(finished: Path) -> None:
-    run = read_run(finished)
-    reached = [item["reached"] for item in charted(all_charts(run)["progress"])]
+    """From a corner that is the same for every search: recall 0 at a thousand million parameters."""
+    study = Study.open(finished)
+    reached = [item["reached"] for item in charted(all_charts(study)["progress"])]
     assert reached == sorted(reached) and reached[-1] > reached[1]
-    # The projection alone has the worst recall and so no area; the second trial's is one rectangle.
-    first, second = run.measured[:2]
-    decades = 1 + math.log10(max(trial.parameters or 0 for trial in run.measured) / (second.parameters or 1))
-    assert reached[0] == 0.0
-    assert reached[1] == pytest.approx(((second.value or 0.0) - (first.value or 0.0)) * decades)
+    # The projection alone is one rectangle; the recommendation reaches higher on a narrower one.
+    first, second = (trial.value("recall@10") for trial in study.measured[:2])
+    wide, narrow = (9 - math.log10(trial.parameters or 0) for trial in study.measured[:2])
+    assert first < second and wide > narrow
+    assert reached[0] == pytest.approx(first * wide)
+    assert reached[1] == pytest.approx(first * wide + (second - first) * narrow)
 
 
-def test_front_of_a_running_search_is_computed_from_finished_trials(tmp_path: Path) -> None:
-    confirmed = read_run(write_run(tmp_path / "confirmed"))
+def test_front_of_a_running_search_is_computed_from_complete_trials(tmp_path: Path) -> None:
+    chosen = Study.open(write_run(tmp_path / "confirmed")).on_front
     (tmp_path / "confirmed" / "front.json").unlink()
-    assert read_run(tmp_path / "confirmed").on_front == confirmed.on_front
+    assert Study.open(tmp_path / "confirmed").on_front == chosen
     folder = write_run(tmp_path / "running", front=False, trials=6)
-    table = pq.read_table(folder / "trials.parquet")
-    unbeaten = [
-        0.99 if trial == "t0005" else value
-        for trial, value in zip(*(table[name].to_pylist() for name in ("trial", "recall@10")), strict=True)
-    ]
-    index = table.schema.get_field_index("recall@10")
-    pq.write_table(table.set_column(index, "recall@10", [unbeaten]), folder / "trials.parquet")
-    running = read_run(folder)
-    assert running.trials[-1].state == "running" and running.trials[-1].value == 0.99
+
+    def unbeaten(event: dict[str, Any]) -> None:
+        if event["trial"] == "t0005" and event["event"] == "epoch_done":
+            event["metrics"]["recall@10"] = 0.99
+
+    edit_journal(folder, unbeaten)
+    running = Study.open(folder)
+    assert running.trials[-1].state == "running" and running.trials[-1].value("recall@10") == 0.99
     assert "t0005" not in running.on_front
 
 
@@ -305,21 +305,26 @@ def test_page_before_the_first_trial(tmp_path: Path, front: bool) -> None:
 def test_page_of_a_single_objective(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "demo", objectives=1)
     parsed = Page(write_report(folder).read_text(encoding="utf-8"))
-    assert len(read_run(folder).on_front) == 1
+    study = Study.open(folder)
+    assert len(study.on_front) == 1
     reached = [item["reached"] for item in charted(parsed.charts["progress"])]
-    assert reached[-1] == max(trial.value or 0.0 for trial in read_run(folder).measured)
+    assert reached[-1] == pytest.approx(max(trial.value("recall@10") for trial in study.measured))
     assert "Best recall@10 on validation so far" in parsed.text
 
 
 def test_metrics_are_found_at_the_top_and_by_direction() -> None:
-    measured = {"recall@10": 0.4, "audio_to_text": {"R@10": 0.5}, "text_to_audio": {"R@10": float("nan")}}
-    assert metric_of(measured, "recall@10") == 0.4
-    assert metric_of(measured, "audio_to_text_R@10") == 0.5
-    assert metric_of(measured, "text_to_audio_R@10") is None
-    assert metric_of(measured, "audio_to_text_R@1") is None
+    measured = Scores.model_validate(
+        {"recall@10": 0.4, "recall@5": "high", "audio_to_text": {"R@10": 0.5}, "text_to_audio": {"R@10": math.nan}}
+    )
+    assert measured.value("recall@10") == 0.4
+    assert measured.value("audio_to_text_R@10") == 0.5
+    for absent in ("text_to_audio_R@10", "audio_to_text_R@1", "recall@5", "recall@1"):
+        assert measured.value(absent) is None
+    flat = {"recall@10": 0.4, "audio_to_text_R@10": 0.5, "text_to_audio_R@10": 0.3}
+    assert all(Scores.of(flat).value(name) == value for name, value in flat.items())
 
 
-@pytest.mark.parametrize("file", ["study.json", "trials.parquet", "front.json"])
+@pytest.mark.parametrize("file", ["study.json", "front.json"])
 def test_damaged_files_are_named_and_the_old_page_stays(tmp_path: Path, file: str) -> None:
     folder = write_run(tmp_path / "demo")
     before = write_report(folder).read_bytes()
@@ -330,13 +335,25 @@ def test_damaged_files_are_named_and_the_old_page_stays(tmp_path: Path, file: st
     assert not list(folder.glob("*.tmp"))
 
 
+def test_the_page_is_drawn_from_the_journal_alone(tmp_path: Path) -> None:
+    """The table is for other programs; of a torn journal, what can be read is drawn."""
+    folder = write_run(tmp_path / "demo")
+    (folder / "trials.parquet").write_text("no table")
+    before = Page(write_report(folder).read_text(encoding="utf-8"))
+    lines = (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "journal.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20], encoding="utf-8")
+    after = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "t0013" in before.text.split("All trials")[1] and "running" not in before.text
+    assert "t0013" in after.text.split("All trials")[1] and "running" in after.text, "its end was torn off"
+
+
 def test_folder_without_a_study(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no study here"):
         write_report(tmp_path)
 
 
 def test_front_as_svg(finished: Path, tmp_path: Path) -> None:
-    save_front_svg(read_run(finished), tmp_path / "front.svg")
+    save_front_svg(Study.open(finished), tmp_path / "front.svg")
     root = ElementTree.parse(tmp_path / "front.svg").getroot()
     assert root.tag.endswith("svg") and float(root.attrib["width"]) >= 640
     drawn = "".join(root.itertext())
@@ -357,19 +374,23 @@ def test_browser_draws_every_chart_without_a_network(finished: Path, page: Page,
 def test_a_point_says_which_part_it_adapts(tmp_path: Path) -> None:
     """In the table and in the chart's tooltip; of the tower, as most are, nothing is said."""
     folder = write_run(tmp_path / "parts")
-    front = json.loads((folder / "front.json").read_text())
-    adapted = [point for point in front["points"] if point["config"]["lora"]]
-    assert len(adapted) > 1
-    adapted[0]["config"]["lora"]["placement"] = "language_model"
-    (folder / "front.json").write_text(json.dumps(front))
-    rows = pq.read_table(folder / "trials.parquet").to_pylist()
-    for row in rows:
-        row["lora.placement"] = "both" if row["trial"] == adapted[0]["trial"] else "tower"
-    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
-    study = json.loads((folder / "study.json").read_text())
-    study["encoder"] |= {"shape": "3 blocks of width 32, then 2 blocks of width 40", "path": "full_forward"}
-    (folder / "study.json").write_text(json.dumps(study))
+    adapted = next(point for point in confirmed(Study.open(folder)).points if point.config.lora)
+
+    def record(values: dict[str, Any]) -> None:
+        values["encoder"] |= {"shape": "3 blocks of width 32, then 2 blocks of width 40", "path": "full_forward"}
+
+    def front(values: dict[str, Any]) -> None:
+        point = next(point for point in values["points"] if point["trial"] == adapted.trial)
+        point["config"]["lora"]["placement"] = "language_model"
+
+    def both(event: dict[str, Any]) -> None:
+        if event["event"] == "trial_started" and event["trial"] == adapted.trial:
+            event["config"]["lora"]["placement"] = "both"
+
+    edit_json(folder / "study.json", record)
+    edit_json(folder / "front.json", front)
+    edit_journal(folder, both)
     text = Page(write_report(folder).read_text(encoding="utf-8")).text
     assert text.count(" in the language model") == 1
     assert "whisper, 3 blocks of width 32, then 2 blocks of width 40 (full_forward)" in text
-    assert json.dumps(all_charts(read_run(folder))).count(" in tower and language model") >= 1
+    assert json.dumps(all_charts(Study.open(folder))).count(" in tower and language model") >= 1

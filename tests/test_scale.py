@@ -20,8 +20,9 @@ from benchmarks.simulation import Outcome, Plan, simulate
 from benchmarks.virtual_time import VirtualLoop, run_virtually
 from tuner.config import TrialConfig
 from tuner.lanes.fleet import connected
-from tuner.records import History
-from tuner.search.study import fixed_configurations, open_storage
+from tuner.search.request import fixed_configurations
+from tuner.study.folder import StudyFolder
+from tuner.study.journal import read_history
 
 HOUR = 3600.0
 FREE = Overheads(*(0.0,) * 7)
@@ -149,7 +150,7 @@ def test_lanes_stay_to_share_the_front(record: RecordedSearch, tmp_path: Path) -
 
 
 def study(folder: Path, name: str = "s") -> list[FrozenTrial]:
-    return optuna.load_study(study_name=name, storage=open_storage(folder)).trials
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{StudyFolder(folder).database}").trials
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,10 @@ def test_a_simulated_search_is_a_whole_study(eight: tuple[Plan, Outcome, Path], 
     plan, outcome, folder = eight
     trials = study(folder)
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * plan.trials
-    assert len(History(folder).rows()) == plan.trials * record.epochs
+    history, fault = read_history(StudyFolder(folder))
+    assert fault is None
+    assert [(t.state, len(t.epochs)) for t in history.trials] == [("complete", record.epochs)] * plan.trials
+    assert [t.value("trainable_parameters") for t in history.trials] == [trial.values[1] for trial in trials]
     assert sorted(outcome.values) == sorted((trial.values[0], trial.values[1]) for trial in trials)
     work = sum(
         record.epochs * plan.epoch_seconds * record.train(TrialConfig.model_validate_json(t.user_attrs["config"]))[1]

@@ -25,7 +25,9 @@ from tuner import cli
 from tuner.config import TrialConfig
 from tuner.encoders.registry import inspect_encoder
 from tuner.lora.placement import resolve_placement, trainable_parameters
-from tuner.pareto import pareto_front
+from tuner.study.events import EpochDone
+from tuner.study.objectives import choose_objectives
+from tuner.study.pareto import front
 from tuner.train.export import read_card
 
 # Several searches share a fixture, and each starts a Ray of its own.
@@ -73,7 +75,7 @@ def test_standard_output_is_for_programs(search: Search) -> None:
     """With `--json`, every line is an event; nothing of Ray's or Optuna's gets in between, nor on standard error."""
     events = [json.loads(line) for line in search.ended.out.splitlines()]
     kinds = Counter(event["event"] for event in events)
-    assert kinds["epoch"] == 2 * TRIALS
+    assert kinds["epoch_done"] == 2 * TRIALS
     assert "arning" not in search.ended.err
     assert "on the front; report: " in search.ended.err
 
@@ -126,7 +128,8 @@ def test_the_front_says_everything(search: Search) -> None:
 def test_the_front_is_the_front_of_the_study(search: Search) -> None:
     """And holds the projection alone and the recommendation, on it or not."""
     values = [trial.values for trial in search.runs.trials()]
-    best = {f"t{number:04d}" for number in pareto_front(values, ["maximize", "minimize"])}
+    objectives = choose_objectives(["recall@1", "trainable_parameters"])
+    best = {f"t{number:04d}" for number in front(values, objectives)}
     points = {point["trial"]: point for point in search.runs.front()["points"]}
     assert {trial for trial, point in points.items() if point["on_front"]} == best
     assert points.keys() == best | {"t0000", "t0001"}
@@ -276,16 +279,15 @@ def test_interrupted_trials_go_on_from_their_last_epoch(killed: Killed, trial: s
     """What the checkpoint remembers of each epoch, its training time included, is what was told when it was first
     trained. A trial that had started over would have other times."""
     told = {
-        event["row"]["epoch"]: event["row"]
+        event["epoch"]: event
         for event in killed.at_driver
-        if event["event"] == "epoch" and event["trial"] == trial
+        if event["event"] == "epoch_done" and event["trial"] == trial
     }
     state = torch.load(killed.runs.study / "checkpoints" / f"{trial}.pt", weights_only=True)
     assert len(state["history"]) == LONG
     assert len(told) >= 3
-    for epoch, row in told.items():
-        remembered = state["history"][epoch - 1]
-        assert {key: remembered[key] for key in row} == row
+    for epoch, event in told.items():
+        assert EpochDone.from_row(trial, state["history"][epoch - 1]) == EpochDone.model_validate(event)
 
 
 # A search with two workers a lane, interrupted, then extended

@@ -10,18 +10,24 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from ray.tune.search import Searcher
 
 from tuner.config import LoraSpec, OptimSpec, TrialConfig
 from tuner.search import searcher as module
-from tuner.search.confirm import BASELINE, RECOMMENDED
-from tuner.search.searcher import Objective, StudySearcher
-from tuner.search.study import PARAMETERS, RECOMMENDATION, fixed_configurations
+from tuner.search.request import RECOMMENDATION, fixed_configurations
+from tuner.search.searcher import FINISHED, StudySearcher
 from tuner.space import SearchSpace, load_space
+from tuner.study.events import BASELINE, RECOMMENDED
+from tuner.study.objectives import TRAINABLE_PARAMETERS, Objective, choose_objectives
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-BOTH = (Objective("recall@10", "maximize"), Objective(PARAMETERS, "minimize"))
+BOTH = choose_objectives(["recall@10", TRAINABLE_PARAMETERS])
+
+
+def known(config: TrialConfig) -> dict[str, float]:
+    """Costs that a configuration decides."""
+    rank = config.lora.rank if config.lora else 0
+    return {TRAINABLE_PARAMETERS: 1000.0 + 10 * rank, "inference_flops": 7.0 + rank}
 
 
 class Bench:
@@ -41,7 +47,7 @@ class Bench:
 
     def searcher(self, trials: int = 4, seed: int = 0) -> StudySearcher:
         fixed = fixed_configurations()
-        return StudySearcher(self.study(), self.space, self.objectives, fixed, trials, {"epochs": 2}, seed)
+        return StudySearcher(self.study(), self.space, self.objectives, known, fixed, trials, {"epochs": 2}, seed)
 
 
 def result_of(suggestion: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +55,7 @@ def result_of(suggestion: dict[str, Any]) -> dict[str, Any]:
     config = TrialConfig.model_validate(suggestion["config"])
     rank = config.lora.rank if config.lora else 0
     recall = 0.4 + 0.05 * math.log1p(rank) - 0.1 * abs(math.log(config.optim.lora_lr / OptimSpec().lora_lr))
-    return {"recall@10": recall, PARAMETERS: 1000 + 10 * rank, "final": True}
+    return {"epoch": 2, "recall@10": recall, "final": True}
 
 
 def run(searcher: StudySearcher, most: int = 100) -> list[dict[str, Any]]:
@@ -57,7 +63,7 @@ def run(searcher: StudySearcher, most: int = 100) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     while len(told) < most:
         suggestion = searcher.suggest(f"tune-{len(told)}")
-        if suggestion == Searcher.FINISHED:
+        if suggestion == FINISHED:
             break
         searcher.on_trial_complete(f"tune-{len(told)}", result_of(suggestion))
         told.append(suggestion)
@@ -110,14 +116,14 @@ def test_a_configuration_is_what_its_parameters_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("result", "error", "state"),
     [
-        ({"recall@10": 0.5, PARAMETERS: 10, "final": True}, False, TrialState.COMPLETE),
-        ({"recall@10": 0.5, PARAMETERS: 10, "final": False}, False, TrialState.PRUNED),
-        ({"recall@10": math.nan, PARAMETERS: 10, "final": True}, False, TrialState.FAIL),
-        ({"recall@10": math.inf, PARAMETERS: 10, "final": True}, False, TrialState.FAIL),
-        ({PARAMETERS: 10, "final": True}, False, TrialState.FAIL),
+        ({"epoch": 2, "recall@10": 0.5, "final": True}, False, TrialState.COMPLETE),
+        ({"epoch": 2, "recall@10": 0.5, "final": False}, False, TrialState.PRUNED),
+        ({"epoch": 2, "recall@10": math.nan, "final": True}, False, TrialState.FAIL),
+        ({"epoch": 2, "recall@10": math.inf, "final": True}, False, TrialState.FAIL),
+        ({"epoch": 2, "final": True}, False, TrialState.FAIL),
         ({"failed": "loss became nan", "final": False}, False, TrialState.FAIL),
-        ({"failed": "loss became nan", "recall@10": 0.5, PARAMETERS: 10, "final": True}, False, TrialState.FAIL),
-        ({"recall@10": 0.5, PARAMETERS: 10, "final": True}, True, TrialState.FAIL),
+        ({"failed": "loss became nan", "epoch": 2, "recall@10": 0.5, "final": True}, False, TrialState.FAIL),
+        ({"epoch": 2, "recall@10": 0.5, "final": True}, True, TrialState.FAIL),
         (None, True, TrialState.FAIL),
         (None, False, TrialState.FAIL),
     ],
@@ -131,7 +137,7 @@ def test_the_study_is_told_the_truth(
     searcher.suggest("tune-0")
     searcher.on_trial_complete("tune-0", result, error)
     assert states(bench) == [state]
-    assert bench.study().trials[0].values == ([0.5, 10.0] if state == TrialState.COMPLETE else None)
+    assert bench.study().trials[0].values == ([0.5, 1000.0] if state == TrialState.COMPLETE else None)
     searcher.on_trial_complete("tune-0", result, error)  # Tune may say so twice
 
 
@@ -143,7 +149,7 @@ def test_the_search_goes_on_after_stopped_and_failed_trials(tmp_path: Path) -> N
         suggestion = searcher.suggest(f"tune-{number}")
         outcome = result_of(suggestion) | {"final": number % 3 != 1}
         searcher.on_trial_complete(f"tune-{number}", outcome if number % 4 else {"failed": "out of memory"})
-    assert searcher.suggest("tune-99") == Searcher.FINISHED
+    assert searcher.suggest("tune-99") == FINISHED
     assert set(states(bench)) == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
 
 
@@ -211,7 +217,7 @@ def test_failed_trials_count_towards_the_total(tmp_path: Path) -> None:
     for number in range(3):
         searcher.suggest(str(number))
         searcher.on_trial_complete(str(number), None, error=True)
-    assert searcher.suggest("4") == Searcher.FINISHED
+    assert searcher.suggest("4") == FINISHED
     assert bench.searcher(trials=3).remaining == 0
 
 
@@ -251,6 +257,30 @@ def test_a_single_objective_needs_no_cost(tmp_path: Path) -> None:
     best = bench.study().best_trial
     assert len(told) == module.STARTUP_TRIALS + 1
     assert best.value == max(result_of(suggestion)["recall@10"] for suggestion in told)
+
+
+def test_three_objectives_are_told_in_the_order_of_the_study(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, objectives=choose_objectives(["inference_flops", "recall@10", TRAINABLE_PARAMETERS]))
+    first, *_ = run(bench.searcher(module.STARTUP_TRIALS + 1))
+    assert bench.study().trials[0].values == [result_of(first)["recall@10"], 7.0, 1000.0]
+    assert first["known"] == known(TrialConfig())
+
+
+def test_the_copy_in_memory_may_number_its_trials_otherwise(tmp_path: Path) -> None:
+    """Trials of other studies, as a warm start adds them, must not shift what is told to the database."""
+    bench = Bench(tmp_path)
+    run(bench.searcher(trials=3))
+    searcher = bench.searcher(trials=5)
+    searcher._model.add_trial(optuna.trial.create_trial(values=[0.1, 5.0]))
+    told = run(searcher)
+    assert [suggestion["trial"] for suggestion in told] == ["t0003", "t0004"]
+    assert [trial.values for trial in bench.study().trials[3:]] == [
+        [
+            result_of(suggestion)["recall@10"],
+            known(TrialConfig.model_validate(suggestion["config"]))[TRAINABLE_PARAMETERS],
+        ]
+        for suggestion in told
+    ]
 
 
 def test_tune_pickles_nothing_of_the_searcher(tmp_path: Path) -> None:
@@ -300,8 +330,8 @@ def directly(bench: Bench, trials: int, side_by_side: int) -> list[dict[str, Any
         live.append(number)
         if len(live) == side_by_side:
             oldest = live.pop(0)
-            outcome = result_of({"config": told[oldest]})
-            study.tell(oldest, [outcome[objective.metric] for objective in BOTH])
+            config = TrialConfig.model_validate(told[oldest])
+            study.tell(oldest, [result_of({"config": told[oldest]})["recall@10"], known(config)[TRAINABLE_PARAMETERS]])
     return told
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import stat
 import sys
@@ -23,17 +24,19 @@ from scripted_head import Head
 from searches import Runs
 
 from tuner import cli
-from tuner.config import EncoderRef
+from tuner.config import EncoderRef, LoraSpec, TrialConfig
 from tuner.encoders.registry import inspect_encoder
 from tuner.errors import ConfigError, EncoderError, StudyError
 from tuner.loopback import AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH, TOKEN_FILE, asks_for_token, embedded_ray
-from tuner.records import JOURNAL_FILE, Journal, check_study_name
 from tuner.report.live import JsonView, PlainView, make_view
-from tuner.report.progress import EpochRow, StudyHeader
 from tuner.report.terminal import RichView
-from tuner.search.callback import Recorder
+from tuner.search.recorder import Recorder
 from tuner.service.jobs.cluster import Cluster
 from tuner.service.jobs.feed import EventFeed
+from tuner.study.events import SAMPLED, EpochDone, Message, StudyStarted, TrialEnded, TrialStarted
+from tuner.study.folder import StudyFolder, check_study_name
+from tuner.study.journal import Journal
+from tuner.study.objectives import DEFAULT_OBJECTIVES, choose_objectives
 
 SECRET = "hunter2hunter2"
 URLS = [f"https://me:{SECRET}@127.0.0.1:9", f"s3://KEY:{SECRET}@bucket/x", f"s3://bucket/x?secret_key={SECRET}"]
@@ -141,26 +144,29 @@ def test_a_name_cannot_leave_its_place_in_a_command(head: Head) -> None:
 def recorded(tmp_path: Path) -> tuple[Path, str]:
     """A journal's folder and what a view showed, of a trial that failed with the worst of reasons."""
     shown = io.StringIO()
-    view, journal = PlainView(shown), Journal(tmp_path)
-    view.start(StudyHeader("s", "full", "recall@10", 1, 1, None, "runs/s"))
-    recorder = Recorder(journal, view, "recall@10", lambda config: 1, lambda: True)
-    config = {"trial": "t0000", "origin": "sampled", "config": TRIAL, "epochs": 1}
-    trial = SimpleNamespace(config=config, last_result={"failed": f"no answer from {URLS[0]} {CONTROLS}"})
+    view, journal = PlainView(shown), Journal(StudyFolder(tmp_path))
+    view.show(plan("s"))
+    recorder = Recorder(journal, view, choose_objectives(DEFAULT_OBJECTIVES), lambda: True)
+    config = TrialConfig().model_dump(mode="json")
+    suggested = {"trial": "t0000", "origin": SAMPLED, "config": config, "known": {"trainable_parameters": 1.0}}
+    result = {"failed": f"no answer from {URLS[0]} {CONTROLS}"}
+    trial: Any = SimpleNamespace(config={**suggested, "epochs": 1}, last_result=result)
     recorder.on_trial_start(0, [], trial)
     recorder.on_trial_complete(0, [], trial)
     journal.close()
     return tmp_path, shown.getvalue()
 
 
-TRIAL: dict[str, Any] = {
-    "lora": None,
-    "optim": {"lora_lr": 1e-3},
-}
+def plan(name: str) -> StudyStarted:
+    """A study of this name, space, dashboard and folder."""
+    return StudyStarted(
+        study=name, space=name, objectives=DEFAULT_OBJECTIVES, trials=2, epochs=2, dashboard_url=name, run_dir=name
+    )
 
 
 def test_a_reason_is_recorded_without_secrets_and_controls(recorded: tuple[Path, str]) -> None:
     folder, shown = recorded
-    journal = json.loads((folder / JOURNAL_FILE).read_text().splitlines()[-1])["reason"]
+    journal = json.loads(StudyFolder(folder).journal.read_text().splitlines()[-1])["reason"]
     for text in (journal, shown):
         assert "no answer from https://***@127.0.0.1:9 \\x1b[31m" in text
         assert SECRET not in text
@@ -175,11 +181,15 @@ def hostile_events() -> list[str]:
     """A search's output as somebody would write it who is after the terminal that shows it."""
     out = io.StringIO()
     view = JsonView(out)
-    view.start(StudyHeader(CONTROLS, CONTROLS, CONTROLS, 2, 2, CONTROLS, CONTROLS))
-    view.trial_started("t0000", CONTROLS, CONTROLS, 7)
-    view.epoch(EpochRow("t0000", 1, 2, 0.5, 0.25, CONTROLS, 1.0, 7))
-    view.message(CONTROLS)
-    view.trial_finished("t0000", "failed", CONTROLS)
+    config = TrialConfig(lora=LoraSpec(rank=1, targets=(CONTROLS,)))
+    for event in (
+        plan(CONTROLS),
+        TrialStarted(trial="t0000", origin=CONTROLS, config=config, known={CONTROLS: 7.0}),
+        EpochDone(trial="t0000", epoch=1, loss=0.5, metrics={CONTROLS: 0.25}, warning=CONTROLS),
+        Message(text=CONTROLS),
+        TrialEnded(trial="t0000", state="failed", reason=CONTROLS),
+    ):
+        view.show(event)
     return [*out.getvalue().splitlines(), f"tuner: {CONTROLS}"]
 
 
@@ -195,6 +205,8 @@ def test_a_cluster_cannot_write_on_this_terminal(kind: str) -> None:
     view.close()
     told = stream.getvalue() + "".join(said)
     assert not set(told) & set("\x07\x9b\u202e")
+    # What rich itself shows in red.
+    told = told.replace("\x1b[31mfailed", "failed")
     assert "\x1b[31m" not in told and "\x1b]" not in told
     assert "\\x1b[31m" in told
     assert "[bold]" in told and "\x1b]8;" not in told, "markup is text, and no link is made"
@@ -205,12 +217,13 @@ def test_rich_shows_markup_of_a_local_search_as_text(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
     view = RichView(stream)
-    view.start(StudyHeader("[bold]s[/bold]", "full", "[link=http://x]recall[/link]", 1, 1, None, "runs/[red]s"))
-    view.trial_started("t0000", "sampled", "[bold]summary[/bold]", 7)
-    view.trial_finished("t0000", "failed", "[blink]reason[/blink] [/nothing]")
+    view.show(plan("[bold]s[/bold] [link=http://x]there[/link]"))
+    config = TrialConfig(lora=LoraSpec(rank=1, targets=("[bold]q_proj[/bold]",)))
+    view.show(TrialStarted(trial="t0000", origin=SAMPLED, config=config))
+    view.show(TrialEnded(trial="t0000", state="failed", reason="[blink]reason[/blink] [/nothing]"))
     view.close()
     told = stream.getvalue()
-    for text in ("[bold]s[/bold]", "[bold]summary", "[blink]reason[/blink] [/nothing]", "runs/[red]s"):
+    for text in ("[bold]s[/bold]", "[bold]q_proj", "[blink]reason[/blink] [/nothing]", "[link=http://x]there"):
         assert text in told
     assert "\x1b]8;" not in told
 
@@ -231,23 +244,23 @@ def test_lists_of_a_cluster_are_text(
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/b", "/x", "..", ".", ".hidden", "-x", "", "a\nb", "a\0b", "a\x1b[1m", "x" * 201]
+    "name", ["../x", "a/b", "/x", "..", ".", ".hidden", "-x", "", "a\nb", "a\0b", "a\x1b[1m", "x" * 201, "漢" * 67]
 )
 def test_a_study_has_a_name_and_no_path(
     name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(StudyError, match="not a name; take letters, digits and"):
+    with pytest.raises(StudyError, match=r"not a name; use letters, digits and|is longer than 200 bytes"):
         check_study_name(name)
     if not name:
         return
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert run(monkeypatch, "search", "--data", tiny.store_folder, f"--study={name}") == 2
-    assert "not a name" in capsys.readouterr().err
+    assert re.search("not a name|is longer than 200 bytes", capsys.readouterr().err)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", ["demo", "full-2", "7 März_v1.2+x@y=z", "漢字", "x" * 200])
+@pytest.mark.parametrize("name", ["demo", "full-2", "7 März_v1.2+x@y=z", "漢字", "x" * 200, "漢" * 66])
 def test_ordinary_names_are_taken(name: str) -> None:
     assert check_study_name(name) == name
 

@@ -29,8 +29,8 @@ from tuner.encoders.checkpoint import INDEX, SINGLE
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.encoders.text import TextEncoder, inspect_text_encoder
 from tuner.errors import AdapterError, ConfigError, DataError, EncoderError, StudyError, TunerError
+from tuner.study.folder import StudyFolder
 from tuner.train.evaluate import load
-from tuner.train.member import checkpoint_path
 from tuner.train.pack import Pack, PackContext
 
 TRIAL = TrialConfig(lora=LoraSpec(rank=2, targets=("q_proj",)))
@@ -161,7 +161,7 @@ def pack(tiny: Tiny) -> Pack:
 @pytest.mark.parametrize("form", ["torch", "pickle", "cut off", "empty", "no checkpoint", "wrong tensors"])
 def test_a_checkpoint_runs_nothing(pack: Pack, tmp_path: Path, mark: Path, form: str) -> None:
     """One sentence, which ends its trial and no other, and the adapter is not left in the encoder."""
-    path = checkpoint_path(tmp_path, "t0001")
+    path = StudyFolder(tmp_path).checkpoint("t0001")
     member = pack.attach("t0001", TRIAL)
     member.save(path)
     whole, state = path.read_bytes(), member.state()

@@ -20,13 +20,14 @@ import pyarrow.fs as pafs
 import pytest
 from bucket_server import BucketServer, bucket_server
 from conftest import Tiny
+from finished_study import start_study
 from gcs_server import gcs_server
 from optuna.trial import TrialState
 from searches import STUDY
 
 from tuner import cli
 from tuner.commands.inputs import place_of
-from tuner.commands.search import _free_name
+from tuner.commands.run_search import Place, _free_name
 from tuner.config import TrialConfig
 from tuner.data.remote import fetch_store, open_store, upload_store
 from tuner.data.store import META_FILE, Store
@@ -35,10 +36,12 @@ from tuner.lanes.files import LaneFiles
 from tuner.patience import PATIENCE_VARIABLE
 from tuner.search.durable.adopt import adopt
 from tuner.search.durable.mirror import Mirror, checkpointed, fetch_study, mirrored
-from tuner.search.searcher import Objective, StudySearcher
-from tuner.search.study import check_new, fixed_configurations, open_record, resumed_request
+from tuner.search.request import check_new, fixed_configurations, open_record, resumed_request
+from tuner.search.searcher import StudySearcher
 from tuner.space import SearchSpace, load_space
 from tuner.storage import Storage
+from tuner.study.folder import StudyFolder
+from tuner.study.objectives import choose_objectives
 
 LARGE = 11 * 1024**2  # three parts of a multipart upload
 
@@ -388,7 +391,7 @@ def test_a_lane_goes_on_from_the_storages_copy(storage: Storage, tmp_path: Path,
         first.keep("t0001", config)
     second.fetch("t0001")
     assert second.checkpoint("t0001").read_bytes() == b"2"
-    assert checkpointed(storage) == {1: config}
+    assert checkpointed(storage) == {1: TrialConfig()}
     assert checkpointed(storage, {1}) == {}
     assert not (tmp_path / "unused").exists()
     for files in (first, second):
@@ -547,9 +550,9 @@ def test_a_half_fetched_study_is_fetched_again(storage: Storage, tmp_path: Path)
 def test_a_name_is_taken_in_the_storage_too(storage: Storage, tmp_path: Path) -> None:
     storage.at(STUDY).write("study.json", b"{}")
     with pytest.raises(StudyError, match=f"study {STUDY} exists in .*--resume {STUDY} --storage"):
-        check_new(tmp_path / STUDY, storage)
-    check_new(tmp_path / "another", storage)
-    late: Any = SimpleNamespace(run_dir=tmp_path / STUDY, storage=storage)
+        check_new(StudyFolder(tmp_path / STUDY), storage)
+    check_new(StudyFolder(tmp_path / "another"), storage)
+    late: Any = SimpleNamespace(folder=StudyFolder(tmp_path / STUDY), storage=storage)
     nothing: Any = None
     with pytest.raises(StudyError, match=f"study {STUDY} exists in .*--resume {STUDY} --storage"):
         open_record(late, nothing, nothing, resume=False)
@@ -561,18 +564,18 @@ def test_an_unnamed_study_gets_the_first_free_name(storage: Storage, tmp_path: P
         storage.at(folder).write("driver.json", b"{}")
         storage.at(folder).remove("driver.json")
     storage.at("space").write("study.json", b"{}")
-    assert _free_name(tmp_path, storage, "space") == "space-2"
+    assert _free_name(Place(tmp_path, storage), "space") == "space-2"
     (tmp_path / "space-2").mkdir()
-    assert _free_name(tmp_path, storage, "space") == "space-3"
-    assert _free_name(tmp_path, None, "other") == "other"
+    assert _free_name(Place(tmp_path, storage), "space") == "space-3"
+    assert _free_name(Place(tmp_path, None), "other") == "other"
 
 
-def test_a_study_that_is_nowhere_cannot_be_resumed(storage: Storage, tmp_path: Path) -> None:
+def test_a_study_that_is_nowhere_cannot_be_resumed(storage: Storage, tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=f"study {STUDY}: not in "):
-        resumed_request(tmp_path / STUDY, None, storage)
-    study_files(tmp_path / STUDY)
-    with pytest.raises(StudyError, match="name the --storage that it was started with"):
-        resumed_request(tmp_path / STUDY, None, storage)
+        resumed_request(StudyFolder(tmp_path / STUDY), None, storage)
+    start_study(tiny, tmp_path / STUDY)
+    with pytest.raises(StudyError, match="give the --storage that it was started with"):
+        resumed_request(StudyFolder(tmp_path / STUDY), None, storage)
 
 
 # Trials that the database does not know
@@ -588,14 +591,19 @@ def new_study() -> optuna.Study:
 
 
 def searcher(study: optuna.Study, space: SearchSpace, trials: int) -> StudySearcher:
-    objectives = (Objective("recall@1", "maximize"), Objective("trainable_parameters", "minimize"))
-    return StudySearcher(study, space, objectives, fixed_configurations(), trials, {}, seed=3)
+    objectives = choose_objectives(["recall@1", "trainable_parameters"])
+    costs = {"trainable_parameters": 10.0}
+    return StudySearcher(study, space, objectives, lambda config: costs, fixed_configurations(), trials, {}, seed=3)
 
 
-def begun(space: SearchSpace, trials: int) -> list[dict[str, Any]]:
+def suggested(searcher: StudySearcher, trials: int) -> list[TrialConfig]:
+    values = [searcher.suggest(f"tune-{number}") for number in range(trials)]
+    return [TrialConfig.model_validate(value["config"]) for value in values]
+
+
+def begun(space: SearchSpace, trials: int) -> list[TrialConfig]:
     """Configurations of the first trials of a study, as lanes have them beside their checkpoints."""
-    known = searcher(new_study(), space, trials)
-    return [known.suggest(f"tune-{number}")["config"] for number in range(trials)]
+    return suggested(searcher(new_study(), space, trials), trials)
 
 
 def test_adopted_trials_are_handed_out_first_under_their_numbers(space: SearchSpace) -> None:
@@ -606,7 +614,8 @@ def test_adopted_trials_are_handed_out_first_under_their_numbers(space: SearchSp
     again = searcher(study, space, 5)
     assert again.remaining == 5
     handed = [again.suggest(f"tune-{number}") for number in range(4)]
-    assert [(item["trial"], item["config"]) for item in handed] == [(f"t{n:04d}", c) for n, c in enumerate(configs)]
+    assert [item["trial"] for item in handed] == [f"t{n:04d}" for n in range(4)]
+    assert [item["config"] for item in handed] == [config.model_dump(mode="json") for config in configs]
     assert [item["origin"] for item in handed] == ["projection_only", "recommended", "sampled", "sampled"]
     new = again.suggest("tune-4")
     assert (new["trial"], new["origin"]) == ("t0004", "sampled")
@@ -615,7 +624,7 @@ def test_adopted_trials_are_handed_out_first_under_their_numbers(space: SearchSp
 def test_the_sampler_learns_from_an_adopted_trial(space: SearchSpace) -> None:
     reference, study = new_study(), new_study()
     known = searcher(reference, space, 4)
-    configs = {number: known.suggest(f"tune-{number}")["config"] for number in range(4)}
+    configs = dict(enumerate(suggested(known, 4)))
     adopt(study, space, fixed_configurations(), configs)
     assert [trial.params for trial in study.trials] == [trial.params for trial in reference.trials]
     assert [trial.distributions for trial in study.trials] == [trial.distributions for trial in reference.trials]
@@ -640,14 +649,14 @@ def test_a_trial_that_was_being_written_down_keeps_its_number(space: SearchSpace
     study.ask()
     adopt(study, space, fixed_configurations(), {2: configs[2]})
     again = searcher(study, space, 3)
-    assert [again.suggest(f"tune-{number}")["config"] for number in range(3)] == configs
+    assert suggested(again, 3) == configs
 
 
 def test_known_trials_stay_as_they_are(space: SearchSpace) -> None:
     study = new_study()
     known = searcher(study, space, 2)
-    configs = {number: known.suggest(f"tune-{number}")["config"] for number in range(2)}
-    known.on_trial_complete("tune-0", {"final": True, "recall@1": 0.5, "trainable_parameters": 10})
+    configs = dict(enumerate(suggested(known, 2)))
+    known.on_trial_complete("tune-0", {"epoch": 2, "final": True, "recall@1": 0.5})
     before = study.get_trials()
     adopt(study, space, fixed_configurations(), configs)
     assert study.get_trials() == before

@@ -217,20 +217,20 @@ def test_a_killed_driver_of_this_machine_is_not_waited_for(hardship: Hardship) -
 def test_the_storages_copy_was_behind(hardship: Hardship) -> None:
     """What the next tests are about: it knows nothing of t0001 nor of the end of t0000."""
     assert {event["trial"] for event in hardship.copied} <= {"t0000"}
-    assert not [event for event in hardship.copied if event["event"] == "end"]
+    assert not [event for event in hardship.copied if event["event"] == "trial_ended"]
 
 
 def test_no_trial_and_no_epoch_is_lost_with_the_head(hardship: Hardship) -> None:
     """What was told before the kill is told again word by word, by checkpoints, not trained again."""
-    told = {(e["trial"], e["row"]["epoch"]): e["row"] for e in hardship.journal if e["event"] == "epoch"}
-    again = {(e["trial"], e["row"]["epoch"]): e["row"] for e in hardship.second.journal() if e["event"] == "epoch"}
+    told = {(e["trial"], e["epoch"]): e for e in hardship.journal if e["event"] == "epoch_done"}
+    again = {(e["trial"], e["epoch"]): e for e in hardship.second.journal() if e["event"] == "epoch_done"}
     assert {key: again[key] for key in told} == told
     assert again.keys() == {(f"t{n:04d}", epoch) for n in range(3) for epoch in range(1, LONG + 1)}
     assert hardship.second.states() == {f"t{n:04d}": "complete" for n in range(3)}
 
 
 def test_trials_keep_their_numbers_and_configurations(hardship: Hardship) -> None:
-    before = {e["trial"]: e["config"] for e in hardship.journal if e["event"] == "trial"}
+    before = {e["trial"]: e["config"] for e in hardship.journal if e["event"] == "trial_started"}
     after = {f"t{t.number:04d}": json.loads(t.user_attrs["config"]) for t in hardship.second.trials()}
     assert len(after) == 3
     assert {trial: after[trial] for trial in before} == before

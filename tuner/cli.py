@@ -9,6 +9,7 @@ from typing import NoReturn
 import typer
 
 from tuner.commands import adapters, cluster, diagnose, prepare, report, search, spaces, studies
+from tuner.commands.options import INTERRUPTED
 from tuner.errors import TunerError
 from tuner.redact import printable
 
@@ -43,7 +44,7 @@ def main() -> None:
     except TunerError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted", search.INTERRUPTED)
+        _fail("interrupted", INTERRUPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

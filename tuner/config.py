@@ -19,6 +19,8 @@ Precision = Literal["bf16", "fp32"]
 EncoderPath = Literal["audio_tower", "full_forward"]
 Placed = Literal["tower", "language_model", "both"]
 OffPath = Literal["refuse", "warn"]
+# Of a wrong value in an error.
+MAX_SHOWN = 100
 
 
 class Frozen(BaseModel):
@@ -46,9 +48,16 @@ def describe_validation(error: ValidationError) -> str:
         field = ".".join(str(part) for part in item["loc"]) or "value"
         if item["type"] == "extra_forbidden":
             parts.append(f"{field}: no such field")
+        elif item["type"] == "missing":
+            # What lacks the field may be a whole file.
+            parts.append(f"{field}: missing")
         else:
-            parts.append(f"{field}: {item['msg']} (got {item['input']!r})")
+            parts.append(f"{field}: {item['msg']} (got {_shortened(repr(item['input']))})")
     return "; ".join(parts)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class LoraSpec(Frozen):
@@ -137,8 +146,8 @@ class RunSettings(Frozen):
 
     store: str = Field(description="prepared store (folder)")
     encoder: EncoderRef
-    epochs: int = Field(default=8, ge=1)
-    batch_size: int = Field(default=128, ge=2, description="clips per optimiser step, over all workers of a lane")
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=64, ge=2, description="clips per optimiser step, over all workers of a lane")
     tokens_per_forward: int = Field(
         default=8192, ge=1, description="encoder tokens per forward pass: bounds padding and memory"
     )

@@ -20,7 +20,8 @@ def evaluate(
     """Load an adapter with plain PEFT into a fresh encoder and measure retrieval on one split."""
     from tuner.commands.inputs import DataChoice, find_store
     from tuner.data.store import META_FILE, Store
-    from tuner.train.evaluate import load, nested
+    from tuner.study.points import Scores
+    from tuner.train.evaluate import load
     from tuner.train.export import read_card
     from tuner.train.results import bootstrap
 
@@ -33,7 +34,7 @@ def evaluate(
     result = loaded.evaluate(store, split)
     metrics, intervals = result.metrics(), bootstrap(result)
     if json:
-        values = {"adapter": str(adapter), "split": split, **nested(metrics), "intervals": intervals}
+        values = {"adapter": str(adapter), "split": split, **Scores.of(metrics, intervals).to_values()}
         typer.echo(jsonlib.dumps(values, indent=2))
     else:
         typer.echo(_table(metrics, intervals))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json as jsonlib
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import typer
 
-if TYPE_CHECKING:
-    from tuner.search.estimate import Estimate
-    from tuner.search.study import SearchRequest
+from tuner.search.estimate import Estimate, estimate_search
+from tuner.search.request import SearchRequest
+from tuner.study.wording import counted
 
 
 def dry_run(request: SearchRequest, tflops: float | None, json: bool) -> None:
     """Print what this search would cost; nothing is trained and nothing is written."""
-    from tuner.search.estimate import estimate_search
-
     estimate = estimate_search(request, tflops * 1e12 if tflops else None)
     if json:
         totals = {"total_flops": estimate.total_flops, "hours": estimate.hours, "worker_hours": estimate.worker_hours}
@@ -27,21 +24,19 @@ def dry_run(request: SearchRequest, tflops: float | None, json: bool) -> None:
 
 
 def _lines(request: SearchRequest, estimate: Estimate) -> list[tuple[str, str]]:
-    from tuner.report.progress import counted
-
     parts = (
         f"training {_si(estimate.training_flops)} + validation {_si(estimate.validation_flops)} "
         f"+ frozen blocks {_si(estimate.shared_flops)} + confirmation {_si(estimate.confirmation_flops)}"
     )
     each = (estimate.cheapest_trial_flops, estimate.median_trial_flops, estimate.dearest_trial_flops)
-    source = "declared with --tflops" if estimate.declared else "an fp32 matrix product, timed here; or say --tflops"
+    source = "declared with --tflops" if estimate.declared else "an fp32 matrix product, timed here; or give --tflops"
     fleet = f"{counted(estimate.lanes, 'lane')} of {counted(estimate.workers, 'worker')}"
     rate = f"{_si(estimate.flops_per_second)}FLOP/s a worker ({source})"
     return [
         (
             "search",
             f"{estimate.trials} trials of {estimate.epochs} epochs, {estimate.training_clips:,} training clips, "
-            f"space {request.space.name}",
+            f"space {request.config.space.name}",
         ),
         ("operations", f"{_si(estimate.total_flops)}FLOP at most: {parts}"),
         ("one trial", "{} to {}FLOP, median {}".format(*(_si(value) for value in (each[0], each[2], each[1])))),

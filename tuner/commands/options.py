@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+INTERRUPTED = 130  # exit code, as shells have it for SIGINT
+
+
+@dataclass(frozen=True)
+class Typed:
+    """An option on the command line: its flag and its value."""
+
+    flag: str
+    value: object
+
 
 AudioRoot = Annotated[
     Path | None, typer.Option(help="folder of a manifest's relative recordings; none may lie outside, links followed")

@@ -66,8 +66,8 @@ def report(
     """Write the report page of a study, finished or running, or serve it while the search runs."""
     from tuner.errors import ConfigError
     from tuner.report.charts import save_front_svg
-    from tuner.report.html import REPORT_FILE, save_page
-    from tuner.report.run import read_journal, read_run
+    from tuner.report.html import save_page
+    from tuner.study.study import Study
 
     place = _place(context, study, runs, address, storage)
     if live:
@@ -76,12 +76,12 @@ def report(
         _serve(place, port)
         return
     with _records(place) as folder:
-        run = read_run(folder) if place.here else read_journal(folder, elsewhere=True)
-        page = out or (folder / REPORT_FILE if place.here else Path(f"{Path(study).name}.html"))
-        save_page(run, page)
+        found = Study.open(folder)
+        page = out or (found.folder.report if place.here else Path(f"{Path(study).name}.html"))
+        save_page(found, page, elsewhere=not place.here)
         typer.echo(page)
         if svg is not None:
-            save_front_svg(run, svg)
+            save_front_svg(found, svg)
 
 
 def export(
@@ -99,7 +99,7 @@ def export(
     from tuner.data.writer import disk_faults, new_folder
     from tuner.errors import ConfigError
     from tuner.report.handover import choose_points, write_handover
-    from tuner.report.run import read_journal, read_run
+    from tuner.study.study import Study
 
     if best and trial:
         raise ConfigError("--best: chooses the trial; leave --trial away")
@@ -112,12 +112,12 @@ def export(
         if not place.here:
             with progress_bar("bytes received") as progress:
                 _source(place, progress).points(source, trial or (), best)
-        run = read_run(source) if place.here else read_journal(source, elsewhere=True)
-        points = choose_points(run, trial or (), best)
+        found = Study.open(source)
+        points = choose_points(found, trial or (), best)
         with disk_faults(target), new_folder(target) as folder:
-            write_handover(run, points, source, folder)
+            write_handover(found, points, source, folder)
     for point in points:
-        typer.echo(target / point["trial"])
+        typer.echo(target / point.trial)
 
 
 def send(
@@ -127,13 +127,12 @@ def send(
     best: Annotated[bool, typer.Option("--best", help="of the best point alone")] = False,
 ) -> None:
     """Print files of a study as lines of text: what `tuner report` and `export` run on the head."""
-    from tuner.records import read_study
     from tuner.report.handover import choose_points, files_of
-    from tuner.report.run import read_journal
     from tuner.service.jobs.bundle import RECORDS, bundle_lines
+    from tuner.study.study import Study
 
-    read_study(folder)
-    points = choose_points(read_journal(folder), trial or (), best) if adapters else []
+    found = Study.open(folder)
+    points = choose_points(found, trial or (), best) if adapters else []
     names = [*RECORDS, *(name for point in points for name in files_of(point))]
     for line in bundle_lines(folder, names):
         typer.echo(line)
@@ -141,14 +140,14 @@ def send(
 
 def _place(context: typer.Context, study: str, runs: Path, address: str | None, storage: str | None) -> Place:
     from tuner.errors import ConfigError
-    from tuner.records import STUDY_FILE
+    from tuner.study.folder import RECORD_FILE
 
     def given(option: str) -> bool:
         source = context.get_parameter_source(option)
         return source is not None and source.name == "COMMANDLINE"
 
     place = Place(study, runs, address, storage, given("runs"))
-    if address is not None and not given("address") and (storage or (place.folder / STUDY_FILE).is_file()):
+    if address is not None and not given("address") and (storage or (place.folder / RECORD_FILE).is_file()):
         place = Place(study, runs, None, storage, place.runs_given)
     if place.address is not None and storage is not None:
         raise ConfigError("--address and --storage: give one of them; the study is the same in both")

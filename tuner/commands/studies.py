@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuner.study.wording import counted, describe_config, describe_points, describe_time
+
 if TYPE_CHECKING:
     from tuner.service.jobs.cluster import Cluster, StudyJob
+    from tuner.study.progress import Progress
 
 Study = Annotated[str, typer.Argument(help="name of the study")]
 Address = Annotated[
@@ -44,7 +46,6 @@ def status(study: Study, address: Address) -> None:
     """Say how far a search is, which trials failed and why, and its front so far."""
     from tuner.commands.inputs import tell
     from tuner.report.live import Tally
-    from tuner.report.progress import describe_points, describe_time
     from tuner.service.jobs.cluster import connect
     from tuner.service.jobs.feed import EventFeed
 
@@ -55,22 +56,25 @@ def status(study: Study, address: Address) -> None:
     for line in cluster.lines(job):
         feed.line(line)
     tell(f"study {job.study}, space {job.space}, encoder {job.encoder}, of {job.user}: {job.state.lower()}")
-    progress = view.progress
-    if progress is not None:
-        states = Counter(trial.state for trial in progress.trials.values())
-        counts = ", ".join(f"{count} {state}" for state, count in states.items())
-        left = "" if job.ended else f", {describe_time(progress.seconds_left())}"
-        tell(f"{len(progress.trials)} of {progress.header.trials} trials: {counts}{left}")
-        for trial in progress.trials.values():
-            if trial.reason:
-                tell(f"{trial.trial} {trial.state}: {trial.reason}")
-        tell(f"{describe_points(len(progress.front()))} so far:" if not job.ended else "last epochs of the front:")
-        for trial in progress.front():
-            recall = trial.last.recall if trial.last else float("nan")
-            tell(f"  {trial.trial}  {trial.parameters:>12,}  {progress.header.metric} {recall:.3f}  {trial.summary}")
+    if view.progress.plan is not None:
+        for text in _describe(view.progress, job.ended):
+            tell(text)
     for line in said:
         if line.startswith("tuner: "):
             tell(line)
+
+
+def _describe(progress: Progress, ended: bool) -> list[str]:
+    counts = ", ".join(f"{count} {state}" for state, count in progress.states.items())
+    left = "" if ended else f", {describe_time(progress.seconds_left())}"
+    front, metric = progress.front(), progress.metric
+    lines = [f"{len(progress.trials)} of {counted(progress.started.trials, 'trial')}: {counts}{left}"]
+    lines += [f"{trial.trial} {trial.state}: {trial.reason}" for trial in progress.trials if trial.reason]
+    lines.append("the front on validation:" if ended else f"{describe_points(len(front))} so far:")
+    for trial in front:
+        size = f"{trial.parameters or 0:>12,}"
+        lines.append(f"  {trial.trial}  {size}  {metric} {trial.value(metric):.3f}  {describe_config(trial.config)}")
+    return lines
 
 
 def logs(study: Study, address: Address, json: Json = False) -> None:

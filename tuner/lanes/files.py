@@ -16,8 +16,7 @@ import psutil
 
 from tuner.data.cache import cache_root
 from tuner.storage import Storage
-
-CHECKPOINTS, ADAPTERS = "checkpoints", "adapters"
+from tuner.study.folder import StudyFolder, adapter_name, checkpoint_config_name, checkpoint_name
 
 
 class LaneFiles:
@@ -39,7 +38,7 @@ class LaneFiles:
 
     def checkpoint(self, trial: str) -> Path:
         """Where the checkpoint of a trial is written and, after `fetch`, read."""
-        return self.folder / CHECKPOINTS / f"{trial}.pt"
+        return StudyFolder(self.folder).checkpoint(trial)
 
     def fetch(self, trial: str) -> None:
         """Have the checkpoint here that the trial is to go on from, if there is one.
@@ -47,8 +46,8 @@ class LaneFiles:
         Raises:
             StorageError: the storage is away, or this node's disk is full.
         """
-        if self.storage is not None and self.storage.exists(f"{CHECKPOINTS}/{trial}.pt"):
-            self.storage.download(f"{CHECKPOINTS}/{trial}.pt", self.checkpoint(trial))
+        if self.storage is not None and self.storage.exists(checkpoint_name(trial)):
+            self.storage.download(checkpoint_name(trial), self.checkpoint(trial))
 
     def keep(self, trial: str, config: dict[str, Any]) -> None:
         """Make the checkpoint just written count.
@@ -65,16 +64,16 @@ class LaneFiles:
         if self.storage is None:
             return
         if trial not in self._described:
-            self.storage.write(f"{CHECKPOINTS}/{trial}.json", json.dumps(config).encode())
+            self.storage.write(checkpoint_config_name(trial), json.dumps(config).encode())
             self._described.add(trial)
-        self.storage.upload(self.checkpoint(trial), f"{CHECKPOINTS}/{trial}.pt")
+        self.storage.upload(self.checkpoint(trial), checkpoint_name(trial))
         # Never read here again: whoever takes the trial up asks the storage.
         self.checkpoint(trial).unlink()
 
     def keep_adapter(self, trial: str) -> None:
         """Make an exported adapter count; raises as `keep`."""
         if self.storage is not None:
-            self.storage.upload_folder(self.folder / ADAPTERS / trial, f"{ADAPTERS}/{trial}", last="card.json")
+            self.storage.upload_folder(StudyFolder(self.folder).adapter(trial), adapter_name(trial), last="card.json")
 
     def close(self) -> None:
         """Leave nothing on the node."""

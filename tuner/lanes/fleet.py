@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +14,14 @@ from typing import Any
 
 import ray
 
-from tuner.config import RunSettings
+from tuner.config import Precision, RunSettings
 from tuner.errors import ConfigError, StudyError
 from tuner.lanes.capacity import HEAD_NODE, Capacity, NodeGroup, count_cpus, count_gpus
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.host import host_lane
 from tuner.lanes.lane import LaneConfig
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
-from tuner.lanes.messages import Muster
+from tuner.lanes.messages import Confirmation, Muster, Row
 from tuner.loopback import embedded_ray, environment
 from tuner.storage import Storage
 
@@ -72,6 +72,25 @@ class Fleet:
     def slots(self) -> int:
         """How many adapters train at once."""
         return self.lanes * self.capacity
+
+    def confirm(self, trials: Sequence[Row], timeout: float) -> Confirmation:
+        """As `Coordinator.confirm`."""
+        answer: Confirmation = ray.get(self.coordinator.confirm.remote(list(trials), timeout))
+        return answer
+
+    def precision(self) -> Precision | None:
+        """The number format that the first lane chose, or None before."""
+        agreed: Precision | None = ray.get(self.coordinator.precision.remote())
+        return agreed
+
+    def muster(self) -> Muster:
+        """Which lanes are up, and what they have to report."""
+        muster: Muster = ray.get(self.coordinator.muster.remote())
+        return muster
+
+    def need(self, lanes: int) -> None:
+        """As `Coordinator.need`; does not wait."""
+        self.coordinator.need.remote(lanes)
 
 
 @contextmanager

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tuner.records import write_text
-from tuner.report.answer import difference_of, headline, interval_of
+from pydantic import JsonValue
+
+from tuner.atomic import write_text
+from tuner.report.answer import headline
 from tuner.report.charts import Spec, all_charts
-from tuner.report.progress import BASELINE
-from tuner.report.run import RECOMMENDED, Run, metric_of, placed, read_run
+from tuner.study.events import BASELINE
+from tuner.study.folder import StudyFolder
+from tuner.study.objectives import WAYS
+from tuner.study.points import Interval, Point
+from tuner.study.study import Study
+from tuner.study.wording import ORIGINS, placed
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-REPORT_FILE = "report.html"
 TEMPLATE = "page.html"
 CONTENT = "content.html"
 NOTHING = "\N{EN DASH}"
@@ -31,25 +37,26 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         StudyError: there is no readable study in the folder.
     """
-    path = run_dir / REPORT_FILE
-    save_page(read_run(run_dir), path)
+    path = StudyFolder(run_dir).report
+    save_page(Study.open(run_dir), path)
     return path
 
 
-def save_page(run: Run, path: Path) -> None:
-    """Write the page of a study as one file, which is whole or as it was before."""
-    write_text(path, render(run))
+def save_page(study: Study, path: Path, elsewhere: bool = False) -> None:
+    """Write the page of a study as one file, which is whole or as it was before; `elsewhere` as in `render`."""
+    write_text(path, render(study, elsewhere))
 
 
-def render(run: Run, live: str | None = None) -> str:
+def render(study: Study, elsewhere: bool = False, live: str | None = None) -> str:
     """The page as text. Everything that comes from files is escaped: names and captions may hold markup.
 
     Args:
+        elsewhere: the study is on a cluster, from which `tuner export` brings the adapters.
         live: the version of the study that is shown, for a page that asks its server for newer ones.
     """
-    values = _values(run)
-    library = _library() if values["charts"] or live is not None else ""
-    return _environment().get_template(TEMPLATE).render(**values, library=library, live=live)
+    page = _page(study, elsewhere)
+    library = _library() if page.charts or live is not None else ""
+    return _environment().get_template(TEMPLATE).render(vars(page), library=library, live=live)
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,10 @@ class Content:
     charts: dict[str, Spec]
 
 
-def render_content(run: Run) -> Content:
+def render_content(study: Study, elsewhere: bool = False) -> Content:
     """The part of the page that a live one takes in place of what it shows."""
-    values = _values(run)
-    return Content(_environment().get_template(CONTENT).render(**values), values["charts"])
+    page = _page(study, elsewhere)
+    return Content(_environment().get_template(CONTENT).render(vars(page)), page.charts)
 
 
 @cache
@@ -89,18 +96,52 @@ def _environment() -> Environment:
     return environment
 
 
-def _values(run: Run) -> dict[str, Any]:
-    charts = all_charts(run)
-    points = [_point(run, point) for point in run.front["points"]] if run.front else []
-    return {
-        "run": run,
-        "headline": headline(run),
-        "points": sorted(points, key=lambda point: point["trainable_parameters"]),
-        "charts": charts,
-        "dimensions": [(f"dimension-{i}", path) for i, path in enumerate(run.searched) if f"dimension-{i}" in charts],
-        "failed": [trial for trial in run.trials if trial.state == "failed"],
-        "columns": list(dict.fromkeys(path for trial in run.trials for path in trial.config if path in run.searched)),
-    }
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table of points; what was not measured is None."""
+
+    point: Point
+    kind: str
+    targets: str
+    layers: str
+    validation: float | None
+    test: float | None
+    interval: Interval | None
+    difference: tuple[float, Interval] | None
+    sides: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What the templates draw."""
+
+    study: Study
+    elsewhere: bool
+    metric: str
+    headline: list[str]
+    points: list[_Row]
+    charts: dict[str, Spec]
+    dimensions: list[tuple[str, str]]
+    columns: list[str]
+    settings: dict[str, JsonValue]
+
+
+def _page(study: Study, elsewhere: bool) -> _Page:
+    charts, metric = all_charts(study), study.metric.name
+    points = sorted(study.front.points, key=lambda point: point.trainable_parameters) if study.front else []
+    paths = dict.fromkeys(path for trial in study.trials for path in trial.settings() if path in study.searched)
+    shared = {"study", "seed", "objectives", "settings", "encoder", "data", "space"}
+    return _Page(
+        study=study,
+        elsewhere=elsewhere,
+        metric=metric,
+        headline=headline(study),
+        points=[_row(point, metric) for point in points],
+        charts=charts,
+        dimensions=[(f"dimension-{i}", path) for i, path in enumerate(study.searched) if f"dimension-{i}" in charts],
+        columns=list(paths),
+        settings=study.record.model_dump(mode="json", include=shared),
+    )
 
 
 @cache
@@ -111,31 +152,19 @@ def _library() -> str:
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
-def _point(run: Run, point: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table of points; measured values are None where nothing was measured."""
-    lora = point["config"].get("lora") or {}
-    test = point.get("test") or {}
-    named = {BASELINE: "projection only", RECOMMENDED: "recommended"}
-    return {
-        "trial": point["trial"],
-        "kind": ", ".join(filter(None, ["front" if point["on_front"] else None, named.get(point["origin"])])),
-        "on_front": point["on_front"],
-        "rank": lora.get("rank"),
-        "alpha": lora["alpha_ratio"] * lora["rank"] if lora else None,
-        "dropout": lora.get("dropout"),
-        "targets": placed(", ".join(lora.get("targets", ())), lora.get("placement")),
-        "modules": point.get("target_modules") or [],
-        "layers": _spans(point.get("layers") or []),
-        "lora_parameters": point["lora_parameters"],
-        "trainable_parameters": point["trainable_parameters"],
-        "validation": metric_of(point["validation"], run.metric),
-        "test": metric_of(test, run.metric),
-        "interval": interval_of(point, run.metric),
-        "queries": {side: (test.get(side) or {}).get("N") for side in ("audio_to_text", "text_to_audio")},
-        "difference": None if point["origin"] == BASELINE else difference_of(point, run.metric),
-        "adapter": point.get("adapter"),
-        "sides": {side: test.get(side) or {} for side in ("audio_to_text", "text_to_audio")},
-    }
+def _row(point: Point, metric: str) -> _Row:
+    lora, found = point.config.lora, point.test_vs_baseline.get(metric)
+    return _Row(
+        point=point,
+        kind=", ".join(filter(None, ["front" if point.on_front else None, ORIGINS.get(point.origin)])),
+        targets=placed(", ".join(lora.targets), lora.placement) if lora else "",
+        layers=_spans(list(point.layers)),
+        validation=point.validation.value(metric),
+        test=point.test.value(metric),
+        interval=point.interval(metric),
+        difference=(found.difference, found.interval) if found and point.origin != BASELINE else None,
+        sides={way: point.test.side(way) for way in WAYS},
+    )
 
 
 def _spans(layers: list[int]) -> str:
@@ -150,15 +179,15 @@ def _spans(layers: list[int]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3f}"
+    return NOTHING if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
-def _whole(value: int | None) -> str:
-    return NOTHING if value is None else f"{value:,}"
+def _whole(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:,.0f}"
 
 
 def _setting(value: object) -> str:
@@ -171,8 +200,5 @@ def _pretty(values: object) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
-def _moment(iso: str) -> str:
-    try:
-        return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M")
-    except ValueError:
-        return iso
+def _moment(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M")

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from tuner.errors import ConfigError, TunerError
 from tuner.report.html import render, render_content
-from tuner.report.run import Run
 from tuner.report.watch import Watched
+from tuner.study.study import Study
 
 LOOPBACK = "127.0.0.1"
 # What a browser on this machine, or at the other end of a tunnel, calls this server. A page of another site whose name
@@ -56,7 +56,7 @@ class LiveReport(ThreadingHTTPServer):
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
-            raise ConfigError(f"--port {port}: {error.strerror}; give another one, or 0 for any that is free") from None
+            raise ConfigError(f"port {port}: {error.strerror}; give another one, or 0 for any that is free") from None
 
     @property
     def url(self) -> str:
@@ -68,8 +68,8 @@ class LiveReport(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def _page(self) -> Answer:
-        version, run = self._newest()
-        return "text/html; charset=utf-8", render(run, live=version)
+        version, study = self._newest()
+        return "text/html; charset=utf-8", render(study, self.watched.elsewhere, live=version)
 
     def _status(self) -> Answer:
         status = self.watched.status()
@@ -77,17 +77,17 @@ class LiveReport(ThreadingHTTPServer):
 
     def _content(self) -> Answer:
         with self._drawing:
-            version, run = self._newest()
+            version, study = self._newest()
             if self._content_drawn is None or self._content_drawn[0] != version:
-                content = render_content(run)
+                content = render_content(study, self.watched.elsewhere)
                 answer = _json({"version": version, "html": content.html, "charts": content.charts})
                 self._content_drawn = (version, answer)
             return self._content_drawn[1]
 
-    def _newest(self) -> tuple[str, Run]:
+    def _newest(self) -> tuple[str, Study]:
         # The version first: what comes while the study is read is drawn again.
         version = self.watched.status().version
-        return version, self.watched.run()
+        return version, self.watched.study()
 
 
 def _json(values: dict[str, Any]) -> Answer:

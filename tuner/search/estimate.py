@@ -21,8 +21,8 @@ from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.lora.cost import Lengths, first_adapted, frozen_flops, training_bytes, training_flops, validation_flops
 from tuner.lora.placement import encoding_spec
+from tuner.search.request import SearchRequest, check_fit, fixed_configurations
 from tuner.search.searcher import StudySearcher
-from tuner.search.study import SearchRequest, check_fit, fixed_configurations
 
 # Unknown before a lane has asked its machine: the larger one, so that memory and disk are bounds.
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "auto": 4}
@@ -77,12 +77,12 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
     Raises:
         StudyError, PlacementError, DataError, EncoderError: the request does not fit encoder or data.
     """
-    store = open_store(request.settings.store)
-    spec = inspect_encoder(request.settings.encoder)
+    store = open_store(request.config.settings.store)
+    spec = inspect_encoder(request.config.settings.encoder)
     check_fit(request, spec, store)
     configs = planned_configurations(request)
     lengths = {name: Lengths.of(store.frames[store.split(name)].tolist()) for name in ("train", "validation", "test")}
-    every, epochs, text_dim = Lengths.of(store.frames.tolist()), request.settings.epochs, store.text_dim
+    every, epochs, text_dim = Lengths.of(store.frames.tolist()), request.config.settings.epochs, store.text_dim
     training = [epochs * training_flops(spec, config, lengths["train"], text_dim) for config in configs]
     validation = [epochs * validation_flops(spec, config, lengths["validation"], text_dim) for config in configs]
     each = [sum(costs) for costs in zip(training, validation, strict=True)]
@@ -93,7 +93,7 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
         for part in measured
     )
     prefixes = _prefixes(spec, configs)
-    element, settings, fleet = ELEMENT_BYTES[request.settings.precision], request.settings, request.fleet
+    element, settings, fleet = ELEMENT_BYTES[request.config.settings.precision], request.config.settings, request.fleet
     return Estimate(
         trials=len(configs),
         epochs=epochs,
@@ -119,11 +119,16 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
 def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
     """The configurations that a new study would start with if no trial ever ended."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(directions=[objective.direction for objective in request.objectives])
-    fixed, objectives = fixed_configurations(), request.objectives
-    searcher = StudySearcher(study, request.space, objectives, fixed, request.trials, {}, request.seed)
-    suggested = (searcher.suggest(str(number)) for number in range(request.trials))
-    return [TrialConfig.model_validate(suggestion["config"]) for suggestion in suggested]
+    config, fixed = request.config, fixed_configurations()
+    study = optuna.create_study(directions=[objective.direction for objective in config.objectives])
+    # Costs are asked of each trial; here nobody reads them.
+    searcher = StudySearcher(
+        study, config.space, config.objectives, lambda trial: {}, fixed, config.trials, {}, config.seed
+    )
+    suggested = (searcher.suggest(str(number)) for number in range(config.trials))
+    return [
+        TrialConfig.model_validate(suggestion["config"]) for suggestion in suggested if isinstance(suggestion, dict)
+    ]
 
 
 def measured_rate() -> float:

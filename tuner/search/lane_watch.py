@@ -13,9 +13,8 @@ from ray import tune
 
 from tuner.lanes.capacity import count_cpus, count_gpus, count_places, node_group, present_nodes
 from tuner.lanes.fleet import Fleet, FleetSize
-from tuner.lanes.messages import Muster
-from tuner.report.live import View
-from tuner.report.progress import counted
+from tuner.study.events import Message, View
+from tuner.study.wording import counted
 
 LOOK_SECONDS = 1.0
 # A lane that has a place needs some seconds for its imports; one that is not up after this time waits for others' work.
@@ -60,7 +59,7 @@ class LaneWatch(tune.Callback):
         if now < self._next_look:
             return
         self._next_look = now + LOOK_SECONDS
-        muster: Muster = ray.get(self.lanes.coordinator.muster.remote())
+        muster = self.lanes.muster()
         for note in muster.notes:
             self._tell_once(note)
         if self._up < self.lanes.lanes:
@@ -69,13 +68,13 @@ class LaneWatch(tune.Callback):
 
     def _tell_waiting(self, up: int, now: float) -> None:
         if up > self._up and self._waiting:
-            self.view.message(f"{up} of {self.lanes.lanes} lanes are up")
+            self._report(f"{up} of {self.lanes.lanes} lanes are up")
         self._up = max(up, self._up)
         if self._up == self.lanes.lanes:
             return
         if not self._waiting and (self._lacks_room() or now - self._started > START_SECONDS):
             self._waiting = True
-            self.view.message(self._waiting_for())
+            self._report(self._waiting_for())
         if self._waiting and self.size.capacity.possible and now >= self._next_question:
             self._next_question = now + ASK_SECONDS
             for failure in failed_launches():
@@ -105,12 +104,15 @@ class LaneWatch(tune.Callback):
         needed = math.ceil(self.remaining() / self.lanes.capacity)
         if needed < self._needed and (needed := max(needed, self.front())) < self._needed:
             self._needed = needed
-            self.lanes.coordinator.need.remote(needed)
+            self.lanes.need(needed)
+
+    def _report(self, text: str) -> None:
+        self.view.show(Message(text=text))
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            self.view.message(text)
+            self._report(text)
 
 
 def failed_launches() -> list[str]:

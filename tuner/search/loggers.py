@@ -20,8 +20,9 @@ from ray import tune
 
 from tuner.config import TrialConfig
 from tuner.errors import ConfigError
-from tuner.records import flat_config
-from tuner.search.callback import ROW_KEYS, ROW_PREFIXES
+from tuner.study.events import EpochDone
+from tuner.study.history import flat_config
+from tuner.study.journal import epoch_row
 
 WANDB_START_SECONDS = 600.0
 
@@ -74,11 +75,12 @@ class ReadableTrials(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """An epoch with its metrics; a result that only says why a trial failed has none."""
-        row = {key: value for key, value in result.items() if key in ROW_KEYS or key.startswith(ROW_PREFIXES)}
-        if "epoch" in row:
+        if "epoch" in result:
+            event = EpochDone.from_row(trial.config["trial"], result)
+            row = {**epoch_row(event), **trial.config.get("known", {})}
             # MLflow refuses the @ of recall@10; the callbacks take the iteration for the step of a curve.
-            named = {key.replace("@", "_at_"): value for key, value in row.items()}
-            named["training_iteration"] = row["epoch"]
+            named = {key.replace("@", "_at_"): value for key, value in row.items() if value is not None}
+            named["training_iteration"] = event.epoch
             self.logger.log_trial_result(iteration, self._logged(trial), named)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -122,7 +124,7 @@ def check_loggers(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in MAKERS:
-            raise ConfigError(f"--logger {name}: no such logger; there are {', '.join(MAKERS)}")
+            raise ConfigError(f"logger {name}: no such logger; there are {', '.join(MAKERS)}")
 
 
 def make_loggers(names: Sequence[str], run_dir: Path) -> list[ReadableTrials]:
@@ -143,12 +145,10 @@ def _make(name: str, run_dir: Path) -> ReadableTrials:
         logger.setup()
     except ModuleNotFoundError as error:
         _remove_if_empty(folder)
-        raise ConfigError(
-            f"--logger {name}: {error.name} is not installed; run `pip install 'tuner[{name}]'`"
-        ) from None
+        raise ConfigError(f"logger {name}: {error.name} is not installed; run `pip install 'tuner[{name}]'`") from None
     except (OSError, RuntimeError, ValueError) as error:
         _remove_if_empty(folder)
-        raise ConfigError(f"--logger {name}: cannot be set up ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"logger {name}: cannot be set up ({' '.join(str(error).split())})") from None
     return ReadableTrials(logger, run_dir.name, folder)
 
 

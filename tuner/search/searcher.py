@@ -1,48 +1,39 @@
-"""Ray Searcher over an Optuna study with one or two objectives.
+"""Ray Searcher over an Optuna study with any number of objectives.
 
 Ray's own OptunaSearch tells Optuna every early-stopped trial as COMPLETE, leaves trials RUNNING for ever after a NaN,
 and cannot go on with a multi-objective study. Here the study in its database is the only state: each trial carries its
 id, origin and configuration as user attributes, so a search that was killed at any moment goes on from the database
 alone, and needs no snapshot of the driver.
 
-The sampler reads all trials several times for each suggestion, those that run anew each time. With 64 of them it took
-170 ms in SQLite and takes 23 in memory, so it is asked in a copy there, and each trial is written down in one go.
+The sampler reads all trials several times for each suggestion, those that run again each time. With 64 of them it took
+170 ms in SQLite and takes 23 in memory, so it is asked in a copy there, and each trial is written down in one go. The
+copy numbers its trials by itself: `_in_memory` maps the study's numbers, which name trials everywhere else, to its.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import cast
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from tuner.config import TrialConfig
-from tuner.pareto import Direction
 from tuner.space import SearchSpace
+from tuner.study.events import SAMPLED, EpochDone, trial_id
+from tuner.study.objectives import Objective
 
 # Random points before TPE models anything; few, since a study of LoRA configurations has tens of trials, not thousands.
 STARTUP_TRIALS = 6
 
-Origin = str  # "projection_only" | "recommended" | "sampled"
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A metric of an epoch row and the direction in which it improves."""
-
-    metric: str
-    direction: Direction
-
-
-def trial_id(number: int) -> str:
-    """The name of a trial in every file and view: `t0007`."""
-    return f"t{number:04d}"
+# Tune's word for the end of a search, which its own annotation of `suggest` does not know.
+FINISHED = cast(dict[str, object], Searcher.FINISHED)
+# What Tune is handed for a trial, and what it hands back after an epoch.
+Values = dict[str, object]
 
 
 class StudySearcher(Searcher):
@@ -51,7 +42,8 @@ class StudySearcher(Searcher):
     Args:
         study: Optuna study; one direction per objective.
         space: where sampled configurations come from.
-        objectives: metrics told to the study, in the order of its directions.
+        objectives: of the study, in the order of its directions.
+        known: costs of a configuration by name, which are known before it trains.
         fixed: configurations that every study starts with, by origin.
         trials: total number of trials of the study, counting finished ones.
         extra: keys added to every configuration that Tune hands to a trial.
@@ -63,18 +55,20 @@ class StudySearcher(Searcher):
         study: optuna.Study,
         space: SearchSpace,
         objectives: tuple[Objective, ...],
-        fixed: Mapping[Origin, TrialConfig],
+        known: Callable[[TrialConfig], dict[str, float]],
+        fixed: Mapping[str, TrialConfig],
         trials: int,
-        extra: Mapping[str, Any],
+        extra: Mapping[str, object],
         seed: int,
     ) -> None:
         # No metric: Tune would end the whole search at a failed trial, whose result has none.
         super().__init__()
-        self.study, self.space, self.objectives = study, space, objectives
+        self.study, self.space, self.objectives, self.known = study, space, objectives, known
         self.trials, self.extra, self.seed = trials, dict(extra), seed
         self._numbers: dict[str, int] = {}
         self._interrupted = self._take_over()
         self._model = _copy_in_memory(study)
+        self._in_memory = {trial.number: place for place, trial in enumerate(study.get_trials(deepcopy=False))}
         self._drawn: FrozenTrial | None = None
         done = {trial.user_attrs["origin"] for trial in self._written_down()}
         self._fixed = [(origin, config) for origin, config in fixed.items() if origin not in done]
@@ -90,7 +84,7 @@ class StudySearcher(Searcher):
                 self.study.tell(trial.number, state=TrialState.FAIL)
         return [trial for trial in running if "config" in trial.user_attrs]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Tune pickles its searcher for `Tuner.restore`, which nobody calls: the study's database is the state."""
         return {}
 
@@ -101,20 +95,22 @@ class StudySearcher(Searcher):
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         return running + max(0, self.trials - len(trials))
 
-    def suggest(self, tune_id: str) -> Any:
+    def suggest(self, tune_id: str) -> Values:
         """The next configuration for Tune, or FINISHED."""
         if not self._interrupted and not self._drawn and self._started() >= self.trials:
-            return Searcher.FINISHED
-        if self._interrupted:
-            trial = self._interrupted.pop(0)
-            number, attributes = trial.number, trial.user_attrs
-        else:
-            number, attributes = self._start()
-        self._numbers[tune_id] = number
+            return FINISHED
+        trial = self._interrupted.pop(0) if self._interrupted else self._start()
+        self._numbers[tune_id] = trial.number
+        return self.suggestion(trial)
+
+    def suggestion(self, trial: FrozenTrial) -> Values:
+        """What Tune is handed for a trial of the study."""
+        config = TrialConfig.model_validate_json(trial.user_attrs["config"])
         return {
-            "trial": trial_id(number),
-            "origin": attributes["origin"],
-            "config": json.loads(attributes["config"]),
+            "trial": trial_id(trial.number),
+            "origin": trial.user_attrs["origin"],
+            "config": config.model_dump(mode="json"),
+            "known": self.known(config),
             **self.extra,
         }
 
@@ -125,12 +121,16 @@ class StudySearcher(Searcher):
         """Trials that got as far as their configuration, whatever became of them."""
         return [trial for trial in self._model.get_trials(deepcopy=False) if "config" in trial.user_attrs]
 
-    def _start(self) -> tuple[int, dict[str, Any]]:
+    def _start(self) -> FrozenTrial:
         # Drawn once: where the database is full or away, the next call writes what this one could not.
         self._drawn = self._drawn or self._draw()
         self.study.add_trial(self._drawn)
         drawn, self._drawn = self._drawn, None
-        return drawn.number, drawn.user_attrs
+        # No other driver writes to this study, so the database numbers on from what this one has seen.
+        written = copy(drawn)
+        written.number = len(self._in_memory)
+        self._in_memory[written.number] = drawn.number
+        return written
 
     def _draw(self) -> FrozenTrial:
         """Ask the sampler; the trial is RUNNING in memory, and not yet in the database."""
@@ -146,26 +146,27 @@ class StudySearcher(Searcher):
             if params is not None:
                 self.space.sample(trial)
         else:
-            origin, trial = "sampled", study.ask()
+            origin, trial = SAMPLED, study.ask()
             config = self.space.sample(trial)
         config = config.model_copy(update={"seed": self.seed})
         trial.set_user_attr("origin", origin)
         trial.set_user_attr("config", config.model_dump_json())
         return study.get_trials(deepcopy=False)[trial.number]
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
         """Epochs are kept by the recorder; Optuna allows no intermediate values with several objectives."""
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         """Tell the study: COMPLETE only for a trial that ran to its end, PRUNED for a stopped one, else FAIL.
 
         A trial that met a fatal failure of the whole search stays RUNNING, so that resuming trains it.
         """
         number = self._numbers.get(trial_id)
-        if number is None or (result or {}).get("fatal"):
+        result = result or {}
+        if number is None or result.get("fatal"):
             return
-        values = [float((result or {}).get(objective.metric, math.nan)) for objective in self.objectives]
-        if error or result is None or result.get("failed") or not all(map(math.isfinite, values)):
+        values = [] if error or result.get("failed") or "epoch" not in result else self._values(number, result)
+        if not values or not all(map(math.isfinite, values)):
             self._tell(number, state=TrialState.FAIL)
         elif result.get("final"):
             self._tell(number, values)
@@ -173,10 +174,17 @@ class StudySearcher(Searcher):
             self._tell(number, state=TrialState.PRUNED)
         del self._numbers[trial_id]
 
+    def _values(self, number: int, result: Mapping[str, object]) -> list[float]:
+        """One value per objective: measured in this epoch, or known of the configuration."""
+        trial = self._model.get_trials(deepcopy=False)[self._in_memory[number]]
+        known = self.known(TrialConfig.model_validate_json(trial.user_attrs["config"]))
+        epoch = EpochDone.from_row(trial_id(number), result)
+        return [known[o.name] if o.kind == "known" else epoch.metric(o.name) for o in self.objectives]
+
     def _tell(self, number: int, values: list[float] | None = None, state: TrialState | None = None) -> None:
         """Tell the database and, once it knows, the model."""
-        for study in (self.study, self._model):
-            study.tell(number, values, state=state)
+        self.study.tell(number, values, state=state)
+        self._model.tell(self._in_memory[number], values, state=state)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study's database is the state."""
@@ -187,9 +195,9 @@ class StudySearcher(Searcher):
 
 def _copy_in_memory(study: optuna.Study) -> optuna.Study:
     """The same trials without a database: what the sampler reads, several times for each suggestion."""
-    copy = optuna.create_study(directions=study.directions)
-    copy.add_trials(study.get_trials(deepcopy=False))
-    return copy
+    model = optuna.create_study(directions=study.directions)
+    model.add_trials(study.get_trials(deepcopy=False))
+    return model
 
 
 def make_sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:

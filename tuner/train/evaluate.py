@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from tuner.train.model import ProjectionHead, pool_clips
 from tuner.train.pack import retrieve_split
 from tuner.train.precision import dtype_of
 from tuner.train.prefix import FeatureSource, LivePrefix, row_lengths
-from tuner.train.results import DIRECTIONS, Metrics, Retrieval
+from tuner.train.results import Retrieval
 
 ADAPTER = "default"
 
@@ -112,15 +111,3 @@ def check_store(card: Card, features_fingerprint: str, store: Store) -> None:
             raise AdapterError(
                 f"adapter {card.trial}: the data was prepared with another {part}; prepare it with the adapter's {part}"
             )
-
-
-def nested(flat: Metrics) -> dict[str, Any]:
-    """Metrics grouped by direction, as front.json and `tuner evaluate --json` have them."""
-    grouped: dict[str, Any] = {}
-    for key, value in flat.items():
-        direction = next((name for name in DIRECTIONS if key.startswith(f"{name}_")), None)
-        if direction is None:
-            grouped[key] = value
-        else:
-            grouped.setdefault(direction, {})[key.removeprefix(f"{direction}_")] = value
-    return grouped

@@ -12,9 +12,10 @@ from typing import Any
 
 from tuner.config import Precision, TrialConfig
 from tuner.errors import StudyError
-from tuner.train.evaluate import attach_exported, nested
+from tuner.study.folder import StudyFolder, adapter_name
+from tuner.study.points import Point, Scores
+from tuner.train.evaluate import attach_exported
 from tuner.train.export import export_adapter, make_card
-from tuner.train.member import checkpoint_path
 from tuner.train.pack import Pack
 from tuner.train.results import Measured, intervals, resample
 
@@ -30,7 +31,7 @@ def confirm_trial(pack: Pack, candidate: Mapping[str, Any], run_dir: Path, preci
         TunerError: a checkpoint is missing or of another configuration, or the disk is full.
     """
     trial, config = candidate["trial"], TrialConfig.model_validate(candidate["config"])
-    folder, checkpoint = run_dir / "adapters" / trial, checkpoint_path(run_dir, trial)
+    folder, checkpoint = StudyFolder(run_dir).adapter(trial), StudyFolder(run_dir).checkpoint(trial)
     if not checkpoint.exists():
         raise StudyError(f"{checkpoint}: missing, so {trial} cannot be exported; start a new study")
     member = pack.attach(trial, config, checkpoint)
@@ -42,16 +43,17 @@ def confirm_trial(pack: Pack, candidate: Mapping[str, Any], run_dir: Path, preci
     validation = loaded.evaluate(pack.store, "validation")
     loaded.release()
     metrics, draws = test.metrics(), resample(test)
-    point = {
-        "trial": trial,
-        "origin": candidate["origin"],
-        "config": config.model_dump(mode="json"),
-        "target_modules": list(card.target_modules),
-        "layers": list(card.layers),
-        "lora_parameters": card.lora_parameters,
-        "trainable_parameters": card.trainable_parameters,
-        "validation": nested(validation.metrics()),
-        "test": {**nested(metrics), "intervals": intervals(draws)},
-        "adapter": f"adapters/{trial}",
-    }
+    point = Point(
+        trial=trial,
+        origin=candidate["origin"],
+        config=config,
+        target_modules=card.target_modules,
+        layers=card.layers,
+        lora_parameters=card.lora_parameters,
+        trainable_parameters=card.trainable_parameters,
+        validation=Scores.of(validation.metrics()),
+        test=Scores.of(metrics, intervals(draws)),
+        adapter=adapter_name(trial),
+        on_front=False,
+    )
     return Measured(point, metrics, draws)

@@ -179,11 +179,6 @@ class Member:
             raise
 
 
-def checkpoint_path(run_dir: Path, trial: str) -> Path:
-    """Where the last epoch of a trial is kept."""
-    return run_dir / "checkpoints" / f"{trial}.pt"
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint written by `Member.save`; tensors and plain values only, nothing is executed.
 

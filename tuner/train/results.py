@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.study.objectives import WAYS
+from tuner.study.points import Difference, Point
+
 DEPTHS = (1, 5, 10)
-DIRECTIONS = ("audio_to_text", "text_to_audio")
 BOOTSTRAP_RESAMPLES = 2000
 LEVEL = 0.95
 
@@ -49,7 +50,7 @@ class Retrieval:
     def metrics(self) -> Metrics:
         """Flat metrics: `recall@k` (mean of both directions), `<direction>_R@k`, `_mAP@10`, `_median_rank`, `_N`."""
         flat: Metrics = {}
-        for name in DIRECTIONS:
+        for name in WAYS:
             results = self.direction(name)
             flat |= {f"{name}_{key}": float(values.mean()) for key, values in results.per_query().items()}
             flat[f"{name}_median_rank"] = float(np.median(results.rank_Q))
@@ -68,14 +69,14 @@ class Measured:
         draws: of the same metrics, by `resample`.
     """
 
-    point: dict[str, Any]
+    point: Point
     metrics: Metrics
     draws: Draws
 
-    def minus(self, baseline: Measured) -> dict[str, Any]:
+    def minus(self, baseline: Measured) -> dict[str, Difference]:
         """Paired differences over the same queries, with intervals; both were resampled in the same way."""
         return {
-            key: {"difference": self.metrics[key] - baseline.metrics[key], "interval": interval}
+            key: Difference(difference=self.metrics[key] - baseline.metrics[key], interval=interval)
             for key, interval in intervals(subtract(self.draws, baseline.draws)).items()
         }
 
@@ -91,7 +92,7 @@ def bootstrap(retrieval: Retrieval, baseline: Retrieval | None = None) -> dict[s
 
 
 def _same_queries(retrieval: Retrieval, baseline: Retrieval) -> Draws:
-    for name in DIRECTIONS:
+    for name in WAYS:
         ours, theirs = (len(each.direction(name).rank_Q) for each in (retrieval, baseline))
         if ours != theirs:
             raise ValueError(f"{name}: {ours} queries cannot be paired with {theirs}")
@@ -105,11 +106,11 @@ def resample(retrieval: Retrieval, seed: int = 0) -> Draws:
     """
     generator = np.random.default_rng(seed)
     draws: Draws = {}
-    for name in DIRECTIONS:
+    for name in WAYS:
         values = retrieval.direction(name).per_query()
         draws |= {f"{name}_{key}": draw for key, draw in _resampled_means(values, generator).items()}
     for depth in DEPTHS:
-        draws[f"recall@{depth}"] = np.mean([draws[f"{name}_R@{depth}"] for name in DIRECTIONS], axis=0)
+        draws[f"recall@{depth}"] = np.mean([draws[f"{name}_R@{depth}"] for name in WAYS], axis=0)
     return draws
 
 

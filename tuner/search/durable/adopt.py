@@ -8,26 +8,25 @@ checkpoint, which tells all of its epochs again, or only tells them if the trial
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import optuna
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from tuner.config import TrialConfig
 from tuner.space import SearchSpace
+from tuner.study.events import SAMPLED
 
 
 def adopt(
-    study: optuna.Study, space: SearchSpace, fixed: Mapping[str, TrialConfig], configs: Mapping[int, dict[str, Any]]
+    study: optuna.Study, space: SearchSpace, fixed: Mapping[str, TrialConfig], configs: Mapping[int, TrialConfig]
 ) -> None:
     """Write the trials of these configurations into the study, unless it knows them.
 
     Args:
         fixed: configurations that every study starts with, by origin.
-        configs: plain values of a `TrialConfig` by the number of its trial.
+        configs: by the number of the trial.
     """
-    for number, values in sorted(configs.items()):
-        config = TrialConfig.model_validate(values)
+    for number, config in sorted(configs.items()):
         attributes = {"origin": _origin(config, fixed), "config": config.model_dump_json()}
         known = study.get_trials(deepcopy=False)
         if number < len(known):
@@ -55,7 +54,7 @@ def _origin(config: TrialConfig, fixed: Mapping[str, TrialConfig]) -> str:
     for origin, known in fixed.items():
         if known.model_copy(update={"seed": config.seed}) == config:
             return origin
-    return "sampled"
+    return SAMPLED
 
 
 def _complete(study: optuna.Study, known: FrozenTrial, attributes: Mapping[str, str]) -> None:

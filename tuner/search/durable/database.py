@@ -9,6 +9,7 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 
 from tuner.patience import Patience
@@ -25,7 +26,9 @@ class PatientStorage(RDBStorage):
 
     def __init__(self, path: Path, patience: Patience) -> None:
         self._path, self._patience = path.resolve(), patience
-        patience.outlast(self._path, lambda: RDBStorage.__init__(self, f"sqlite:///{self._path}"), (OperationalError,))
+        # A folder's name may hold what means something in a URL.
+        url = URL.create("sqlite", database=str(self._path)).render_as_string()
+        patience.outlast(self._path, lambda: RDBStorage.__init__(self, url), (OperationalError,))
 
 
 def _patient(call: Callable[..., Any]) -> Callable[..., Any]:

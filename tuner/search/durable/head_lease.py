@@ -26,8 +26,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tuner.errors import StorageError, StudyError
-from tuner.records import STUDY_FILE, sessions
 from tuner.storage import Storage
+from tuner.study.config import sessions_of
+from tuner.study.folder import RECORD_FILE
 
 LEASE_FILE = "driver.json"
 RENEW_SECONDS = 5.0
@@ -149,7 +150,7 @@ class HeadLease:
                 "so this one ends"
             )
         # Removed by hand, or by another head that has taken it over and has ended since: that one has counted itself.
-        if content is None and self.sessions is not None and _sessions_in(storage) > self.sessions:
+        if content is None and self.sessions is not None and sessions_in(storage) > self.sessions:
             raise StudyError(
                 f"study {self.study}: while this search was away, another machine has gone on with the study, so this "
                 f"one ends; `tuner search --resume {self.study}` begins with what that one has left"
@@ -201,12 +202,19 @@ class HeadLease:
         )
 
 
-def _sessions_in(storage: Storage) -> int:
-    """How many drivers have worked on the study that is kept there."""
-    content = storage.read(STUDY_FILE)
-    with suppress(ValueError):
-        return sessions(json.loads(content)) if content is not None else 0
-    return 0
+def sessions_in(storage: Storage) -> int:
+    """How many drivers have worked on the study that is kept here; 0 where there is none, or its record is damaged.
+
+    Raises:
+        StorageError: the storage is away, or access is denied.
+    """
+    content = storage.read(RECORD_FILE)
+    if content is None:
+        return 0
+    try:
+        return sessions_of(content, str(storage))
+    except StudyError:
+        return 0
 
 
 @contextmanager

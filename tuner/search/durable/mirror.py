@@ -7,7 +7,6 @@ history, and the configuration beside each says of which trial it is.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sqlite3
@@ -16,22 +15,28 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+from tuner.config import TrialConfig
 from tuner.errors import StorageError, StudyError
-from tuner.lanes.files import CHECKPOINTS
-from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE, TRIALS_FILE, read_study, sessions
 from tuner.search.durable.head_lease import HeadLease
 from tuner.storage import Storage
+from tuner.study.config import sessions_of
+from tuner.study.folder import (
+    CHECKPOINTS,
+    DATABASE_FILE,
+    FRONT_FILE,
+    JOURNAL_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+    TRIALS_FILE,
+)
 
-DATABASE_FILE, REPORT_FILE = "study.db", "report.html"
 MIRROR_SECONDS = 5.0
 CONFIG_FILE = re.compile(r"t(\d+)\.json")
 # The next turn tries again anyway; and a search that ends badly should not wait for minutes to say so.
 SHORT_PATIENCE = 5.0
 
 logger = logging.getLogger(__name__)
-Config = dict[str, Any]
 
 
 class Mirror:
@@ -42,7 +47,7 @@ class Mirror:
     """
 
     # The journal after the database: a trial that the database calls finished then has its reason in the journal.
-    FILES = (STUDY_FILE, DATABASE_FILE, JOURNAL_FILE, TRIALS_FILE, FRONT_FILE, REPORT_FILE)
+    FILES = (RECORD_FILE, DATABASE_FILE, JOURNAL_FILE, TRIALS_FILE, FRONT_FILE, REPORT_FILE)
 
     def __init__(self, run_dir: Path, storage: Storage, lease: HeadLease | None = None) -> None:
         self.run_dir, self.storage, self.lease = run_dir, storage, lease
@@ -137,37 +142,31 @@ def fetch_study(run_dir: Path, storage: Storage) -> None:
     Raises:
         StorageError: the storage is away, or access is denied.
     """
-    theirs = sessions(_parsed(storage.read(STUDY_FILE), str(storage)))
-    ours = sessions(read_study(run_dir)) if (run_dir / STUDY_FILE).is_file() else 0
+    content = storage.read(RECORD_FILE)
+    theirs = sessions_of(content, f"{storage}/{RECORD_FILE}") if content is not None else 0
+    record = run_dir / RECORD_FILE
+    ours = sessions_of(record.read_bytes(), str(record)) if record.is_file() else 0
     if theirs <= ours:
         return
     # The record comes last: without it, this folder holds no study and all is fetched again.
-    (run_dir / STUDY_FILE).unlink(missing_ok=True)
+    (run_dir / RECORD_FILE).unlink(missing_ok=True)
     names = set(storage.names())
-    for name in (*(name for name in Mirror.FILES if name != STUDY_FILE), STUDY_FILE):
+    for name in (*(name for name in Mirror.FILES if name != RECORD_FILE), RECORD_FILE):
         (run_dir / name).unlink(missing_ok=True)
         if name in names:
             storage.download(name, run_dir / name)
 
 
-def _parsed(content: bytes | None, origin: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] | None = json.loads(content) if content is not None else None
-    except ValueError:
-        raise StudyError(f"{origin}/{STUDY_FILE}: damaged; start a new study") from None
-    return record
-
-
-def checkpointed(storage: Storage, known: Collection[int] = ()) -> Mapping[int, Config]:
+def checkpointed(storage: Storage, known: Collection[int] = ()) -> Mapping[int, TrialConfig]:
     """Configurations of the trials that have begun to leave checkpoints, by number; raises as `Storage.upload`.
 
     Args:
         known: numbers of trials whose configuration need not be read.
     """
     files = storage.at(CHECKPOINTS)
-    configs: dict[int, Config] = {}
+    configs: dict[int, TrialConfig] = {}
     for name in files.names():
         match = CONFIG_FILE.fullmatch(name)
         if match and int(match[1]) not in known and (content := files.read(name)) is not None:
-            configs[int(match[1])] = json.loads(content)
+            configs[int(match[1])] = TrialConfig.model_validate_json(content)
     return configs

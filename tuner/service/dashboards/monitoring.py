@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from tuner.atomic import write_text
 from tuner.errors import ConfigError
-from tuner.records import write_text
 
 # As Ray's own: it publishes every ten seconds.
 SCRAPE_INTERVAL = "10s"

@@ -15,20 +15,21 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tuner.errors import StudyError
-from tuner.records import FRONT_FILE, JOURNAL_FILE, STUDY_FILE
 from tuner.redact import printable
 from tuner.report.handover import ADAPTER_FILES
-from tuner.service.jobs.feed import read_event
+from tuner.study.events import parse_line
+from tuner.study.folder import ADAPTERS, FRONT_FILE, JOURNAL_FILE, RECORD_FILE
 
-RECORDS = (STUDY_FILE, JOURNAL_FILE, FRONT_FILE)
+RECORDS = (RECORD_FILE, JOURNAL_FILE, FRONT_FILE)
 # A line has up to 64 kB, a message of Ray's log tail about one line.
 PIECE_BYTES = 48 * 1024
 MAX_BYTES = 2 * 1024**3
 _NAMES = re.compile(
-    rf"({'|'.join(map(re.escape, RECORDS))}|adapters/t\d{{4,9}}/({'|'.join(map(re.escape, ADAPTER_FILES))}))", re.ASCII
+    rf"({'|'.join(map(re.escape, RECORDS))}|{ADAPTERS}/t\d{{4,9}}/({'|'.join(map(re.escape, ADAPTER_FILES))}))",
+    re.ASCII,
 )
 
 
@@ -70,7 +71,7 @@ def _file_lines(name: str, file: BinaryIO) -> Iterator[str]:
         yield _event("data", piece=base64.b64encode(zlib.compress(piece, 1)).decode("ascii"))
 
 
-def _event(event: str, **fields: Any) -> str:
+def _event(event: str, **fields: object) -> str:
     return json.dumps({"event": event, **fields})
 
 
@@ -96,16 +97,16 @@ class BundleReader:
         Raises:
             StudyError: the bundle is not what a study's can be, or did not come through whole.
         """
-        event = read_event(line)
+        event = parse_line(line) if line.startswith('{"event": ') else None
         if event is None or self.whole:
             return
         try:
             if event["event"] == "file":
-                self._begin(str(event["name"]), int(event["bytes"]), str(event["sha256"]))
+                self._begin(str(event["name"]), int(str(event["bytes"])), str(event["sha256"]))
             elif event["event"] == "data":
                 self._append(str(event["piece"]))
             elif event["event"] == "bundle_end":
-                self._end(int(event["files"]))
+                self._end(int(str(event["files"])))
         except (KeyError, ValueError, TypeError, binascii.Error, zlib.error) as error:
             raise _refusal(f"a line of it is damaged ({type(error).__name__})") from None
 

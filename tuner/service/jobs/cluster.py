@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError, StudyError
 from tuner.loopback import AUTH_TOKEN, AUTH_TOKEN_PATH, TOKEN_FILE
-from tuner.records import check_study_name
 from tuner.redact import holds_secret
-from tuner.service.jobs.feed import read_event
 from tuner.service.jobs.follow import follow_lines, job_lines
+from tuner.study.events import StudyStarted, parse_line, read_event
+from tuner.study.folder import check_study_name
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -175,9 +175,10 @@ class Cluster:
     def run_dir(self, study: str) -> Path | None:
         """The study's folder on the head, or None if no search of it that is remembered has got so far as to say it."""
         for job in self.studies():
-            for event in map(read_event, self.lines(job) if job.study == study else ()):
-                if event and event["event"] == "start":
-                    return Path(event["run_dir"])
+            for values in map(parse_line, self.lines(job) if job.study == study else ()):
+                event = read_event(values) if values is not None else None
+                if isinstance(event, StudyStarted):
+                    return Path(event.run_dir)
         return None
 
     def follow(self, job: StudyJob, on_line: Callable[[str], None]) -> StudyJob:

@@ -18,11 +18,11 @@ from typing import Protocol
 from tuner.errors import ConfigError, StorageError, StudyError
 from tuner.redact import printable
 from tuner.report.handover import choose_points, files_of
-from tuner.report.run import read_journal
 from tuner.service.jobs.bundle import RECORDS, BundleReader
 from tuner.service.jobs.cluster import Cluster
 from tuner.service.jobs.follow import follow_lines
 from tuner.storage import Storage
+from tuner.study.study import Study
 
 OnBytes = Callable[[int, int], None]
 JOB_PREFIX = "tuner-send-"
@@ -147,7 +147,7 @@ class StorageSource:
     def points(self, folder: Path, trials: Sequence[str], best: bool) -> None:
         """Records and adapters, chosen here."""
         self.records(folder)
-        for point in choose_points(read_journal(folder), trials, best):
+        for point in choose_points(Study.open(folder), trials, best):
             for name in files_of(point):
                 try:
                     self.files.download(name, folder / name)

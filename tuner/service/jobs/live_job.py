@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tuner.errors import StudyError, TunerError
 from tuner.report.live import Tally
-from tuner.report.run import Run, read_journal
-from tuner.report.watch import Status, describe_progress
+from tuner.report.watch import Status
 from tuner.service.jobs.cluster import Cluster, StudyJob
 from tuner.service.jobs.feed import EventFeed
 from tuner.service.jobs.fetch import StudySource
+from tuner.study.study import Study
 
 # Fetching takes a job of its own, a few seconds of one core of the head.
 FETCH_SECONDS = 30.0
@@ -29,6 +29,8 @@ class WatchedJob:
         TunerError: the records cannot be fetched; later also from both calls.
     """
 
+    elsewhere = True
+
     def __init__(self, cluster: Cluster, job: StudyJob, source: StudySource) -> None:
         self.cluster, self.job, self.source = cluster, job, source
         self._tally = Tally()
@@ -37,7 +39,7 @@ class WatchedJob:
         self._failed: TunerError | None = None
         # Events told, and whether the search had ended, when the records were fetched.
         self._fetched: tuple[int, bool] = (0, False)
-        self._run, self._generation, self._fetched_at = self._fetch(), 0, time.monotonic()
+        self._study, self._generation, self._fetched_at = self._fetch(), 0, time.monotonic()
         threading.Thread(target=self._follow, daemon=True, name="follow").start()
 
     def status(self) -> Status:
@@ -48,18 +50,18 @@ class WatchedJob:
             ended, due = self.job.ended, self._due()
             if ended:
                 text = f"the search has ended ({self.job.state.lower()})"
-            elif self._tally.progress is None:
+            elif self._tally.progress.plan is None:
                 text = "the search is starting"
             else:
-                text = describe_progress(self._tally.progress)
+                text = self._tally.progress.describe()
         return Status(str(self._generation + due), ended and not due, text)
 
-    def run(self) -> Run:
+    def study(self) -> Study:
         """What was fetched last, or is fetched now if there is news and the last time was long enough ago."""
         with self._fetching:
             if self._due():
                 try:
-                    self._run, self._failed = self._fetch(), None
+                    self._study, self._failed = self._fetch(), None
                     self._generation += 1
                 except TunerError as error:
                     self._failed = error
@@ -67,7 +69,7 @@ class WatchedJob:
                     self._fetched_at = time.monotonic()
             if self._failed is not None:
                 raise StudyError(str(self._failed))
-            return self._run
+            return self._study
 
     def _due(self) -> bool:
         if self._fetched[1] or self._now() == self._fetched:
@@ -78,13 +80,13 @@ class WatchedJob:
     def _now(self) -> tuple[int, bool]:
         return self._tally.events, self.job.ended
 
-    def _fetch(self) -> Run:
+    def _fetch(self) -> Study:
         now = self._now()
         with tempfile.TemporaryDirectory(prefix="tuner-") as folder:
             self.source.records(Path(folder))
-            run = read_journal(Path(folder), elsewhere=True)
+            study = Study.open(Path(folder))
         self._fetched = now
-        return run
+        return study
 
     def _follow(self) -> None:
         feed = EventFeed(self._tally, lambda words: None)

@@ -1,0 +1,118 @@
+"""Tune's events as events of the study: written to the journal and shown in the view."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+
+from tuner.redact import printable, redact
+from tuner.study.events import EndState, EpochDone, FrontChanged, Message, TrialEnded, TrialStarted, View
+from tuner.study.journal import Journal
+from tuner.study.objectives import Objective
+
+# Rewriting the table costs a few milliseconds; more often than this nobody looks.
+TABLE_SECONDS = 5.0
+
+
+class Recorder(tune.Callback):
+    """Journal and live view of one search.
+
+    Args:
+        settled: called at each epoch, until it returns that it has what it needs of a first one.
+
+    Attributes:
+        fatal: why the whole search ended, if it did.
+    """
+
+    def __init__(
+        self, journal: Journal, view: View, objectives: Sequence[Objective], settled: Callable[[], bool]
+    ) -> None:
+        self.journal, self.view, self.objectives, self.settled = journal, view, objectives, settled
+        self.fatal: str | None = None
+        self._warned: set[str] = set()
+        self._settled = False
+        self._written = 0.0
+        self._front: tuple[str, ...] = ()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Tune pickles its callbacks for `Tuner.restore`, which nobody calls: the study's database is the state."""
+        return {}
+
+    def replay(self) -> None:
+        """Show what the journal of a resumed study knows."""
+        if self.journal.fault:
+            self.view.show(Message(text=self.journal.fault))
+        for event in self.journal.history.events():
+            self.view.show(event)
+        self._show_front()
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
+        """Write the configuration down."""
+        event = started(trial)
+        self.journal.start(event)
+        self.view.show(event)
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: list[TuneTrial],
+        trial: TuneTrial,
+        result: Mapping[str, object],
+        **info: object,
+    ) -> None:
+        """Write an epoch down, unless a resumed trial only reports its past again."""
+        if result.get("failed") or result.get("fatal"):
+            return
+        self._settled = self._settled or self.settled()
+        event = EpochDone.from_row(trial.config["trial"], result)
+        if not self.journal.epoch(event):
+            return
+        if event.warning and event.trial not in self._warned:
+            self._warned.add(event.trial)
+            self.view.show(Message(text=f"{event.trial}: {event.warning}"))
+        self.view.show(event)
+        if time.monotonic() - self._written > TABLE_SECONDS:
+            self.journal.write_parquet()
+            self._written = time.monotonic()
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
+        """Write down how it ended: complete, failed with its reason, or stopped by the scheduler."""
+        result = trial.last_result or {}
+        if result.get("fatal"):
+            self.fatal = result["fatal"]
+        elif result.get("failed"):
+            self._end(trial, "failed", str(result["failed"]))
+        else:
+            self._end(trial, "complete" if result.get("final") else "stopped", None)
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
+        """The trial's own actor died more often than Tune starts it again."""
+        error = trial.get_error()
+        self._end(trial, "failed", f"trial actor: {type(error).__name__}" if error else "trial actor died")
+
+    def _end(self, trial: TuneTrial, state: EndState, reason: str | None) -> None:
+        name = trial.config["trial"]
+        if self.journal.history.get(name) is None:
+            # Its actor died before Tune could start it.
+            self.journal.start(started(trial))
+        # Words of libraries, which may quote addresses and files; from here they go into every record and view.
+        reason = printable(redact(reason)) if reason else None
+        self.journal.end(name, state, reason)
+        self.view.show(TrialEnded(trial=name, state=state, reason=reason))
+        if state == "complete":
+            self._show_front()
+
+    def _show_front(self) -> None:
+        front = tuple(trial.trial for trial in self.journal.history.front(self.objectives))
+        if front != self._front:
+            self._front = front
+            self.view.show(FrontChanged(trials=front))
+
+
+def started(trial: TuneTrial) -> TrialStarted:
+    """The event that a Tune trial begins with, from what the searcher suggested."""
+    names = ("trial", "origin", "config", "known")
+    return TrialStarted.model_validate({name: trial.config[name] for name in names})

@@ -1,0 +1,209 @@
+"""What a driver was asked to search, whether it fits encoder and data, and the study's record on disk."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from tuner.config import LoraSpec, TrialConfig
+from tuner.data.store import Store
+from tuner.encoders.spec import EncoderSpec
+from tuner.errors import StorageError, StudyError
+from tuner.lanes.fleet import FleetOptions
+from tuner.lora.placement import trainable_parameters
+from tuner.search.durable.head_lease import HeadLease
+from tuner.search.durable.mirror import SHORT_PATIENCE, fetch_study
+from tuner.storage import Storage
+from tuner.study.config import DataFacts, EncoderFacts, StudyConfig, StudyRecord
+from tuner.study.events import BASELINE, RECOMMENDED
+from tuner.study.folder import RECORD_FILE, StudyFolder
+
+# The strategy document's recommendation: rank 16, alpha 32, dropout 0.1 on the attention projections of every block.
+RECOMMENDATION = LoraSpec(
+    rank=16, alpha_ratio=2.0, dropout=0.1, targets=("q_proj", "k_proj", "v_proj", "o_proj"), first_layer=0
+)
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """A study, and what one driver is told besides.
+
+    Attributes:
+        folder: with a storage it is this machine's own, else all nodes see it.
+        address: of a Ray cluster; None starts Ray inside this process.
+        storage: where studies are kept, each in a folder of its name.
+    """
+
+    config: StudyConfig
+    folder: StudyFolder
+    address: str | None = None
+    dashboard: bool = False
+    fleet: FleetOptions = field(default_factory=FleetOptions)
+    loggers: tuple[str, ...] = ()
+    storage: Storage | None = None
+
+    @property
+    def study_storage(self) -> Storage | None:
+        """This study's folder in the storage."""
+        return self.storage.at(self.folder.name) if self.storage else None
+
+
+def check_fit(request: SearchRequest, spec: EncoderSpec, store: Store) -> None:
+    """Refuse what cannot work before anything starts.
+
+    Raises:
+        StudyError: the store was prepared for another encoder.
+        PlacementError: the space names a target or layer this encoder does not have.
+        DataError: a split is missing.
+    """
+    if store.encoder_fingerprint != spec.features_fingerprint:
+        raise StudyError(
+            f"{request.config.settings.store}: prepared for another encoder than {spec.source}; "
+            f"run `tuner prepare` with --encoder {spec.source}"
+        )
+    for split in ("train", "validation", "test"):
+        store.split(split)
+    request.config.space.validate_for(lambda config: _count(spec, config, store.text_dim))
+
+
+def _count(spec: EncoderSpec, config: TrialConfig, text_dim: int) -> None:
+    trainable_parameters(spec, config, text_dim)
+
+
+def path_note(spec: EncoderSpec) -> str | None:
+    """A sentence about the encoding path, before anything trains; None where it is as it was asked for."""
+    if spec.tower_path is not None:
+        return None
+    return f"{spec.source}: no tower inside a larger model, the whole of it is the encoder (path {spec.path})"
+
+
+def fixed_configurations() -> dict[str, TrialConfig]:
+    """What every study measures first: the projection alone, and the strategy document's recommendation."""
+    return {BASELINE: TrialConfig(), RECOMMENDED: TrialConfig(lora=RECOMMENDATION)}
+
+
+def check_new(folder: StudyFolder, storage: Storage | None = None) -> None:
+    """Refuse a study that exists, before anything is prepared for it.
+
+    Raises:
+        StudyError: it exists; names the command that resumes it.
+        StorageError: the storage is away, or access is denied.
+    """
+    name, again = folder.name, "choose another name with --study"
+    if folder.record.exists():
+        raise StudyError(f"study {name} exists in {folder.path}; resume it with `--resume {name}` or {again}")
+    if storage is not None and storage.at(name).exists(RECORD_FILE):
+        resume = f"--resume {name} --storage {storage.uri}"
+        raise StudyError(f"study {name} exists in {storage}; resume it with `{resume}` or {again}")
+
+
+def resumed_request(folder: StudyFolder, trials: int | None, storage: Storage | None = None) -> SearchRequest:
+    """The request of an existing study; `trials` larger than before extends it.
+
+    Args:
+        storage: where it is fetched from unless this machine's folder is as new; None: as the record says.
+
+    Raises:
+        StudyError: there is no such study, its record is damaged, or it has more trials than asked for.
+        StorageError: the storage is away, or access is denied.
+    """
+    storage = kept_in(folder, storage)
+    if storage is not None:
+        fetch_study(folder.path, storage.at(folder.name))
+    record = StudyRecord.read(folder)
+    if record.study != folder.name:
+        raise StudyError(
+            f"{folder.record}: is the record of study {record.study}, in a folder named {folder.name}; "
+            f"rename the folder to {record.study}"
+        )
+    if trials is not None and trials < record.trials:
+        raise StudyError(f"trials {trials}: study {folder.name} has {record.trials} already; give more, or drop it")
+    if trials is not None and trials > record.trials:
+        record = record.changed(trials=trials)
+        record.write(folder)
+    return SearchRequest(record, folder, storage=storage)
+
+
+def kept_in(folder: StudyFolder, storage: Storage | None) -> Storage | None:
+    """The storage that an existing study is kept in, if any.
+
+    Args:
+        storage: where it is looked for; None: as the record says.
+
+    Raises:
+        StudyError: there is no such study, or its record is damaged.
+        StorageError: the storage is away, or access is denied.
+    """
+    here = storage is None or folder.record.is_file()
+    own = (StudyRecord.read(folder).storage or None) if here else None
+    if storage is None:
+        return Storage.parse(own) if own is not None else None
+    if storage.uri != own and not storage.at(folder.name).exists(RECORD_FILE):
+        raise StudyError(
+            f"study {folder.name}: not in {storage}; give the --storage that it was started with, or drop it"
+        )
+    return storage
+
+
+def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume: bool) -> StudyRecord:
+    """Create the study's record, or read it to go on.
+
+    Raises:
+        StudyError: it exists and `resume` was not asked for, or the other way round.
+    """
+    if resume:
+        return _reopened(request)
+    # Asked before, but minutes may have gone by since: preparing the data, or waiting for another head that began it.
+    check_new(request.folder, request.storage)
+    counts = {name: len(store.split(name)) for name in ("train", "validation", "test")}
+    record = StudyRecord(
+        **dict(request.config),
+        encoder=EncoderFacts(
+            family=spec.family,
+            source=spec.source,
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            shape=spec.shape,
+            path=spec.path,
+        ),
+        data=DataFacts(**counts, captions=len(store.captions)),
+        created=datetime.now(UTC).replace(microsecond=0),
+        storage=request.storage.uri if request.storage else None,
+    )
+    folder = request.folder
+    created = not folder.path.exists()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        record.write(folder)
+    except OSError:
+        # The same command must work once there is room again.
+        if created:
+            folder.path.rmdir()
+        raise
+    return record
+
+
+def _reopened(request: SearchRequest) -> StudyRecord:
+    record = StudyRecord.read(request.folder)
+    if request.storage is not None:
+        record = record.changed(storage=request.storage.uri, sessions=record.sessions + 1)
+        record.write(request.folder)
+    return record
+
+
+def discard_record(request: SearchRequest, lease: HeadLease | None = None) -> None:
+    """Take back `open_record` of a study that could not start; the folder goes too if nothing else is in it.
+
+    Args:
+        lease: what is in the storage is another head's record if that has taken the study.
+    """
+    folder = request.folder
+    if request.study_storage is not None:
+        with suppress(StorageError, StudyError):
+            if lease is not None:
+                lease.check(SHORT_PATIENCE)
+            request.study_storage.patient(SHORT_PATIENCE).remove(RECORD_FILE)
+    folder.record.unlink(missing_ok=True)
+    if not any(folder.path.iterdir()):
+        folder.path.rmdir()

@@ -1,0 +1,143 @@
+"""What a study was asked for and what it found out at its start: `study.json`.
+
+`StudyConfig` is the request, and its defaults are those of the command line. Where Ray runs, how many lanes there are
+and which loggers write belongs to one driver, not to the study, and stands in `tuner.search.request`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from pydantic import ConfigDict, Field, JsonValue, field_serializer
+
+from tuner.atomic import write_json
+from tuner.config import EncoderPath, Frozen, Precision, RunSettings
+from tuner.errors import StudyError
+from tuner.space import SearchSpace
+from tuner.study.events import StudyStarted
+from tuner.study.folder import RECORD_FILE, StudyFolder
+from tuner.study.objectives import DEFAULT_OBJECTIVES, Objective, Objectives, choose_objectives
+from tuner.study.parse import parse_file, parse_json
+
+DEFAULT_SPACE = "attention_only"
+
+
+class StudyConfig(Frozen):
+    """What a search was asked for; the same config and seed give the same suggestions."""
+
+    study: str = Field(description="name of the study and of its folder")
+    space: SearchSpace
+    settings: RunSettings
+    objectives: Objectives = Field(default=choose_objectives(DEFAULT_OBJECTIVES), min_length=1)
+    trials: int = Field(default=7, ge=1, description="total number of trials, those of every session together")
+    seed: int = Field(default=0, ge=0, description="of sampler, initialisation, dropout and batches")
+
+    @property
+    def metric(self) -> Objective:
+        """The objective that reports speak of first."""
+        return self.objectives[0]
+
+    def plan(self, run_dir: Path, dashboard_url: str | None = None) -> StudyStarted:
+        """The event that a search begins with."""
+        return StudyStarted(
+            study=self.study,
+            space=self.space.name,
+            objectives=tuple(objective.name for objective in self.objectives),
+            trials=self.trials,
+            epochs=self.settings.epochs,
+            dashboard_url=dashboard_url,
+            run_dir=str(run_dir),
+        )
+
+    @field_serializer("space")
+    def _space_values(self, space: SearchSpace) -> dict[str, JsonValue]:
+        return space.to_dict()
+
+    @field_serializer("objectives")
+    def _objective_values(self, objectives: tuple[Objective, ...]) -> list[JsonValue]:
+        return [objective.to_values() for objective in objectives]
+
+
+class EncoderFacts(Frozen):
+    """The encoder as the study found it."""
+
+    family: str
+    source: str
+    num_layers: int
+    hidden_size: int
+    shape: str | None = Field(default=None, description="the blocks in words")
+    path: EncoderPath | None = None
+
+
+class DataFacts(Frozen):
+    """Clips of each split, and distinct captions."""
+
+    train: int
+    validation: int
+    test: int
+    captions: int
+
+
+class StudyRecord(StudyConfig):
+    """The content of `study.json`."""
+
+    # A later version may know more.
+    model_config = ConfigDict(extra="ignore")
+
+    encoder: EncoderFacts
+    data: DataFacts
+    created: datetime
+    precision: Precision | None = Field(default=None, description="the number format that the first lane chose")
+    storage: str | None = Field(default=None, description="URI of the storage that keeps studies, if any")
+    sessions: int = Field(default=1, ge=1, description="drivers that have worked on it: of two copies, more is newer")
+
+    @classmethod
+    def read(cls, folder: StudyFolder) -> Self:
+        """The record of a study.
+
+        Raises:
+            StudyError: there is no study in this folder, or its record is damaged; names the field.
+        """
+        path = folder.record
+        if not path.is_file():
+            raise StudyError(f"{folder.path}: no study here (no {RECORD_FILE}); `tuner search` makes one")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StudyError(f"{path}: cannot be read ({error.strerror}); make the file readable") from None
+        return cls.from_json(content, str(path))
+
+    @classmethod
+    def from_json(cls, content: bytes, origin: str) -> Self:
+        """Parse a record; `origin` names it in errors.
+
+        Raises:
+            StudyError: it is damaged; names the field.
+        """
+        return parse_file(cls, content, origin, "restore the file or start a new study")
+
+    def write(self, folder: StudyFolder) -> None:
+        """Write the record under a temporary name and rename it."""
+        write_json(folder.record, self.model_dump(mode="json"))
+
+    def changed(self, **values: object) -> Self:
+        """The record with other values in these fields."""
+        return self.model_copy(update=values)
+
+
+def sessions_of(content: bytes, origin: str) -> int:
+    """How many drivers have worked on the study of this record, of which nothing else need be sound.
+
+    Raises:
+        StudyError: it is damaged; `origin` names it.
+    """
+    try:
+        values = parse_json(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        values = None
+    sessions = values.get("sessions", 1) if isinstance(values, dict) else None
+    if not isinstance(sessions, int):
+        raise StudyError(f"{origin}: damaged; restore the file or start a new study")
+    return sessions

@@ -1,0 +1,124 @@
+"""What a search optimises: metrics that training measures, and costs that are known before it.
+
+Every objective of this program stands in `OBJECTIVES`. A study names some of them; nothing else decides which way is
+better, on which scale values are compared, or from where a hypervolume is measured.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, JsonValue
+
+from tuner.config import Frozen
+from tuner.errors import ConfigError
+
+Direction = Literal["maximize", "minimize"]
+Scale = Literal["linear", "log"]
+Kind = Literal["measured", "known"]
+
+TRAINABLE_PARAMETERS = "trainable_parameters"
+LORA_PARAMETERS = "lora_parameters"
+# The closest name is looked for by a quadratic comparison.
+MAX_NAME = 100
+
+
+class Objective(Frozen):
+    """One objective.
+
+    Attributes:
+        scale: `log` where a factor matters and not a difference, as with parameters.
+        kind: `measured` by validation, or `known` from the configuration alone, before anything trains.
+        corner: the value that a hypervolume is measured from; fixed, so that those of two searches compare.
+    """
+
+    name: str
+    direction: Direction
+    scale: Scale
+    kind: Kind
+    corner: float
+
+    def to_values(self) -> dict[str, JsonValue]:
+        """As study.json and front.json have it; the corner is this program's."""
+        values: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"corner"})
+        return values
+
+    def position(self, value: float) -> float:
+        """The value on the objective's scale; a cost of zero counts as one, which has a logarithm."""
+        return math.log10(max(1.0, value)) if self.scale == "log" else value
+
+
+def _metric(name: str) -> Objective:
+    return Objective(name=name, direction="maximize", scale="linear", kind="measured", corner=0.0)
+
+
+def _cost(name: str, corner: float) -> Objective:
+    return Objective(name=name, direction="minimize", scale="log", kind="known", corner=corner)
+
+
+WAYS = ("audio_to_text", "text_to_audio")
+_ALL = (
+    *(_metric(f"recall@{k}") for k in (1, 5, 10)),
+    *(_metric(f"{way}_{name}") for way in WAYS for name in ("R@1", "R@5", "R@10", "mAP@10")),
+    # Corners lie above what anybody adapts: a thousand million parameters, or their bytes in fp32.
+    _cost(TRAINABLE_PARAMETERS, 1e9),
+    _cost(LORA_PARAMETERS, 1e9),
+    _cost("adapter_bytes", 4e9),
+    _cost("training_flops", 1e21),
+    _cost("inference_flops", 1e15),
+)
+OBJECTIVES = {objective.name: objective for objective in _ALL}
+MEASURED = tuple(objective.name for objective in _ALL if objective.kind == "measured")
+KNOWN = tuple(objective.name for objective in _ALL if objective.kind == "known")
+DEFAULT_OBJECTIVES = ("recall@10", TRAINABLE_PARAMETERS)
+
+
+def objective_named(name: str) -> Objective:
+    """The objective of this name.
+
+    Raises:
+        ConfigError: there is none; suggests the closest name.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    shown = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
+    near = difflib.get_close_matches(name, OBJECTIVES, n=1) if len(name) <= MAX_NAME else []
+    hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(OBJECTIVES)}"
+    raise ConfigError(f"objective {shown}: no such metric or cost; {hint}")
+
+
+def choose_objectives(names: Sequence[str]) -> tuple[Objective, ...]:
+    """The objectives of a study, metrics before costs.
+
+    Raises:
+        ConfigError: a name is unknown or given twice, or no metric is among them.
+    """
+    chosen = [objective_named(name) for name in names]
+    repeated = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if repeated is not None:
+        raise ConfigError(f"objective {repeated}: given twice; give each objective once")
+    if all(objective.kind == "known" for objective in chosen):
+        raise ConfigError(
+            f"objective {', '.join(names)}: costs alone; add a metric to maximise, such as {DEFAULT_OBJECTIVES[0]}"
+        )
+    # A metric comes before a cost, whichever was named first.
+    return tuple(sorted(chosen, key=lambda objective: objective.kind == "known"))
+
+
+def _read(value: object) -> object:
+    """An objective as study.json has it: by its name, which studies of version 0.1 call `metric`."""
+    if isinstance(value, dict):
+        value = value.get("name", value.get("metric"))
+    if isinstance(value, str):
+        try:
+            return objective_named(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
+NamedObjective = Annotated[Objective, BeforeValidator(_read)]
+Objectives = tuple[NamedObjective, ...]
