@@ -65,7 +65,7 @@ class PaddedPrefix(LivePrefix):
         features_BCF = self.encoder.pad_features([self.store.features(int(clip)) for clip in clips])
         frames_B = frame_counts(self.store, clips)
         states_BTD = self.encoder.stem(features_BCF, frames_B.to(self.encoder.device))
-        packing = WholeBatch(self.encoder.sequence_lengths(frames_B).tolist(), self.encoder)
+        packing = WholeBatch([self.encoder.spec.sequence_length(frames) for frames in frames_B.tolist()], self.encoder)
         return Hidden(packing.join_batch(states_BTD), packing, frames_B)
 
 

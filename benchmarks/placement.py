@@ -43,7 +43,7 @@ from tuner.data.store import Store
 from tuner.diagnose.adapter_files import match
 from tuner.diagnose.whole import lora_size, whole_model
 from tuner.encoders.checkpoint import read_json
-from tuner.encoders.qwen2_audio.full_forward import Qwen2AudioFullForward, empty_model
+from tuner.encoders.qwen2_audio.full_forward import Qwen2AudioFullForward, empty_qwen2_audio
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.lora import adapter as lora_adapter
@@ -91,13 +91,13 @@ def real_size(folder: Path) -> EncoderSpec:
 
 def count_placements(spec: EncoderSpec) -> dict[str, Counts]:
     """LoRA of every placement on the meta device, as PEFT injects it."""
-    whole = Qwen2AudioFullForward(spec, empty_model(read_json(spec.folder / "config.json")))
+    whole = Qwen2AudioFullForward(spec, empty_qwen2_audio(read_json(spec.folder / "config.json")))
     found = {}
     for placement in PLACEMENTS:
         for targets in TARGETS:
             lora = lora_of(placement, targets)
             lora_adapter.attach(lora_adapter.on_path(whole, lora), lora, "default")
-            tensors = lora_tensors(whole.tower)
+            tensors = lora_tensors(whole.model)
             inside = [tensor.numel() for name, tensor in tensors.items() if name.startswith("audio_tower.")]
             outside = [tensor.numel() for name, tensor in tensors.items() if not name.startswith("audio_tower.")]
             found[f"{PARTS[placement]}: {targets}"] = (len(inside), sum(inside), len(outside), sum(outside))
@@ -119,7 +119,7 @@ def count_lists(spec: EncoderSpec) -> dict[str, Counts]:
 
 def loaded_parameters(spec: EncoderSpec) -> dict[str, int]:
     """Frozen parameters that a trial of each placement has to hold; word embeddings are never read."""
-    whole = Qwen2AudioFullForward(spec, empty_model(read_json(spec.folder / "config.json")))
+    whole = Qwen2AudioFullForward(spec, empty_qwen2_audio(read_json(spec.folder / "config.json")))
     tower, everything = (sum(p.numel() for p in part.parameters()) for part in (whole.tower_alone, whole))
     return {placement: tower if placement == "tower" else everything for placement in PLACEMENTS}
 

@@ -100,7 +100,7 @@ class PlacedTraining:
         )
         self._pack = Pack(PackContext(encoder, store, settings))
         self._pack.attach(TRIAL, config)
-        self.tensors = lora_tensors(encoder.tower)
+        self.tensors = lora_tensors(encoder.model)
 
     def step(self) -> tuple[float, float]:
         """See `Training.step`."""
@@ -118,7 +118,7 @@ class UnusedTraining:
         whole = load_encoder(inspect_encoder(reference), torch.float32)
         torch.manual_seed(config.seed)
         lora_adapter.attach(whole, config.lora, TRIAL)
-        self.tensors = lora_tensors(whole.tower)
+        self.tensors = lora_tensors(whole.model)
         self._store, self._encoder = store, whole.tower_alone
         self._head = ProjectionHead(HeadSpec(), self._encoder.spec.hidden_size, store.text_dim)
         self._loss = ContrastiveLoss(LossSpec())

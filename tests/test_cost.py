@@ -142,9 +142,9 @@ def test_memory_is_what_weights_and_trained_numbers_take_and_bounds_activations(
     config = TrialConfig(lora=CONFIGURATIONS["all"])
     pack = make_pack(tiny, spec, tmp_path)
     member = pack.attach("t", config)
-    linears = [m for m in pack.encoder.tower.modules() if isinstance(m, torch.nn.Linear)]
+    linears = [m for m in pack.encoder.model.modules() if isinstance(m, torch.nn.Linear)]
     frozen = sum(m.weight.numel() for m in linears if not m.weight.requires_grad)
-    trained = sum(p.numel() for p in pack.encoder.tower.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in pack.encoder.model.parameters() if p.requires_grad)
     assert training_bytes(spec, config, 0, 4, pack=3) == 4 * frozen + 3 * 16 * trained
     assert training_bytes(spec, TrialConfig(), 100, 2) == 2 * frozen
 

@@ -82,9 +82,9 @@ def test_reads_back_what_the_converter_writes(tower: WhisperEncoder, tmp_path: P
     assert (spec.checkpoint, spec.num_layers, spec.hidden_size, spec.feature_channels) == ("ctranslate2", 2, 32, 8)
     assert (spec.max_frames, spec.stages[0].targets["fc1"].out_features) == (80, 48)
     encoder = load_encoder(spec, torch.float32)
-    blocks: Any = encoder.tower.layers
+    blocks: Any = encoder.model.layers
     assert blocks[0].self_attn.num_heads == 2
-    loaded = encoder.tower.state_dict()
+    loaded = encoder.model.state_dict()
     for name, tensor in tower.state_dict().items():
         wanted = tensor if dtype == "f4" else tensor.half().float()
         assert torch.equal(loaded[name], wanted), name
@@ -144,6 +144,6 @@ def test_real_tiny_en() -> None:
     encoder = load_encoder(spec, torch.bfloat16)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
     # OpenAI's positions are sinusoids: a reading that is off by a byte or a name does not reproduce them.
-    table: Any = load_encoder(spec, torch.float32).tower.embed_positions
+    table: Any = load_encoder(spec, torch.float32).model.embed_positions
     positions: torch.Tensor = table.weight
     assert torch.allclose(positions, sinusoids(1500, 384), atol=1e-3)

@@ -363,7 +363,7 @@ def test_embeddings_that_are_not_finite(tiny: Tiny) -> None:
     subject = subject_of(tiny)
     encoder: Any = subject.encoder
     with torch.no_grad():
-        encoder.tower.layers[1].fc1.bias[0] = float("nan")
+        encoder.model.layers[1].fc1.bias[0] = float("nan")
     forward, backward = check_forward(subject), check_backward(subject)
     assert "12 of 12 embeddings have values that are not finite" in said(forward, "error")[0]
     assert "the loss is not finite" in said(backward, "error")[0]
@@ -408,7 +408,7 @@ def test_a_frozen_projection(member: Member, tiny: Tiny) -> None:
 
 def test_dead_and_stray_tensors_are_named(member: Member, tiny: Tiny) -> None:
     """An A without gradient, a B whose layer is bypassed, and a base weight that would be trained."""
-    tower: Any = member.encoder.tower
+    tower: Any = member.encoder.model
     tower.layers[0].self_attn.k_proj.lora_A["t"].weight.register_hook(torch.zeros_like)
     tower.layers[2].self_attn.out_proj.register_forward_hook(lambda module, inputs, output: output.detach())
     tower.layers[1].fc1.weight.requires_grad_(True)

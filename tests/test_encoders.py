@@ -27,7 +27,7 @@ from tuner.encoders.base import AudioEncoder
 from tuner.encoders.checkpoint import fingerprint
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper.facts import WhisperFeatures, silence_level
+from tuner.encoders.whisper.features import WhisperFeatures, silence_level
 from tuner.errors import DataError, EncoderError
 
 RATE = 16_000
@@ -130,16 +130,25 @@ def test_a_preprocessor_of_another_model_is_refused(folder: Path) -> None:
 
 
 def test_token_lengths_are_those_of_the_convolutions(truncated: AudioEncoder, padded: AudioEncoder) -> None:
-    frames_B = torch.arange(0, 3001)
-    lengths_B = truncated.token_lengths(frames_B)
-    assert lengths_B.dtype == torch.int64
-    assert lengths_B.tolist() == [truncated.spec.token_length(frames) for frames in range(3001)]
-    assert truncated.sequence_lengths(frames_B).tolist() == lengths_B.tolist()
-    assert padded.token_lengths(frames_B).tolist() == lengths_B.tolist()
-    assert set(padded.sequence_lengths(frames_B).tolist()) == {1500} == {padded.spec.sequence_length(7)}
+    for frames in range(3001):
+        tokens = truncated.spec.token_length(frames)
+        assert tokens == truncated.spec.sequence_length(frames) == truncated.spec.real_length(frames)
+        assert tokens == padded.spec.token_length(frames) == padded.spec.real_length(frames)
+        assert padded.spec.sequence_length(frames) == 1500
     for frames in (1, 2, 3, 4, 99, 100, 2999, 3000):
         convolved = F.conv1d(torch.zeros(1, 1, frames), torch.zeros(1, 1, 3), stride=2, padding=1)
         assert truncated.spec.token_length(frames) == convolved.shape[2] == (frames - 1) // 2 + 1
+    assert truncated.spec.stem_lengths(99) == (99, 50) and padded.spec.stem_lengths(99) == (3000, 1500)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 37, 1499, 1500])
+def test_the_frames_that_are_read_are_those_with_a_gradient(truncated: AudioEncoder, tokens: int) -> None:
+    frames_11F = torch.zeros(1, 1, 3000, requires_grad=True)
+    kernel = torch.ones(1, 1, 3)
+    convolved = F.conv1d(F.conv1d(frames_11F, kernel, padding=1), kernel, stride=2, padding=1)
+    convolved[..., :tokens].sum().backward()  # type: ignore[no-untyped-call]
+    assert frames_11F.grad is not None
+    assert truncated.spec.frames_read(tokens) == int(frames_11F.grad.nonzero()[-1, 2]) + 1
 
 
 # Tower
@@ -149,7 +158,7 @@ CLIPS = [noise(20_000), noise(7_000, 1e-5), noise(160), noise(47_777, 0.5), nois
 
 def one_by_one(encoder: AudioEncoder, features_1CF: Tensor, tokens: int) -> Tensor:
     """Slow reference: transformers' own modules on one clip's 30 s window, cut behind the convolutions."""
-    tower: Any = encoder.tower
+    tower: Any = encoder.model
     hidden = F.gelu(tower.conv2(F.gelu(tower.conv1(features_1CF)))).transpose(1, 2)[:, :tokens]
     hidden = hidden + tower.embed_positions.weight[:tokens]
     for layer in tower.layers:
@@ -163,7 +172,7 @@ def run(encoder: AudioEncoder, extractor: WhisperFeatures, clips: list[NDArray[n
     frames_B = torch.tensor([frames for _, frames in extracted])
     with torch.inference_mode():
         hidden_BTD, mask_BT = encoder(encoder.pad_features([features for features, _ in extracted]), frames_B)
-    assert mask_BT.sum(dim=1).tolist() == encoder.token_lengths(frames_B).tolist()
+    assert mask_BT.sum(dim=1).tolist() == [encoder.spec.token_length(frames) for _, frames in extracted]
     return hidden_BTD, mask_BT
 
 
@@ -193,7 +202,7 @@ def test_the_last_token_needs_the_silence_behind_it(truncated: AudioEncoder, ext
     """One frame less and the second convolution meets zeros instead of what the first makes of silence."""
     features, frames = extractor.extract(CLIPS[0])
     tokens = truncated.spec.token_length(frames)
-    tower: Any = truncated.tower
+    tower: Any = truncated.model
     with torch.inference_mode():
         exact = truncated.stem(truncated.pad_features([features]), torch.tensor([frames]))
         short = F.gelu(tower.conv2(F.gelu(tower.conv1(truncated.pad_features([features[:, : 2 * tokens]])))))
@@ -211,7 +220,7 @@ def test_padded_equals_transformers_encoder(
     hidden_BTD, mask_BT = run(padded, extractor, clips)
     windows = torch.from_numpy(np.stack([window_of_30s(extractor, clip) for clip in clips]))
     with torch.inference_mode():
-        reference_BTD = padded.tower(windows).last_hidden_state
+        reference_BTD = padded.model(windows).last_hidden_state
     # Real tokens alone go on to pooling, but what they are depends on the padding that attended.
     real_BTD = reference_BTD[:, : hidden_BTD.shape[1]]
     assert (hidden_BTD - real_BTD)[mask_BT].abs().max() <= 1e-5 * reference_BTD.abs().max()
@@ -225,7 +234,7 @@ def test_packed_clips_attend_to_themselves_alone(folder: Path, dtype: torch.dtyp
     hidden_ND = torch.randn(sum(lengths), 32, dtype=dtype).requires_grad_()
     packing = encoder.packing(lengths)
     packed_ND = torch.cat(packing.split(encoder.block(0, packing.join(torch.split(hidden_ND, lengths)), packing)))
-    layer: Any = encoder.tower.get_submodule("layers.0")
+    layer: Any = encoder.model.get_submodule("layers.0")
     alone_ND = torch.cat([layer(clip[None], None)[0] for clip in torch.split(hidden_ND, lengths)])
     weight_ND = torch.randn_like(alone_ND)
     tolerance = 1e-9 if dtype == torch.float64 else 3e-2
@@ -255,7 +264,7 @@ def test_tower_is_frozen_and_without_dropout(folder: Path) -> None:
 
 def test_bf16_weights_and_features(folder: Path) -> None:
     encoder = load_encoder(inspect(folder), torch.bfloat16)
-    assert {tensor.dtype for tensor in encoder.tower.state_dict().values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in encoder.model.state_dict().values()} == {torch.bfloat16}
     batch = encoder.pad_features([noise(80 * 10).reshape(80, 10), noise(80 * 12).reshape(80, 12)])
     assert batch.dtype == torch.bfloat16 and batch.shape == (2, 80, 12)
 
@@ -264,7 +273,7 @@ def test_bf16_weights_and_features(folder: Path) -> None:
 
 
 def assert_same_weights(encoder: AudioEncoder, reference: WhisperEncoder) -> None:
-    loaded = encoder.tower.state_dict()
+    loaded = encoder.model.state_dict()
     assert set(loaded) == set(reference.state_dict())
     for name, tensor in reference.state_dict().items():
         assert torch.equal(loaded[name], tensor), name

@@ -34,7 +34,7 @@ from tuner.train.evaluate import attach_exported, check_store, load
 from tuner.train.export import CARD_FILE, HEAD_FILE, export_adapter, load_head, make_card, read_card
 from tuner.train.model import pool_clips
 from tuner.train.pack import Pack, PackContext
-from tuner.train.prefix import LivePrefix
+from tuner.train.prefix import LivePrefix, row_lengths
 from tuner.train.single import read_trial, train_single
 
 # PEFT 0.21 still asks transformers 5 for this property by its old name.
@@ -124,10 +124,10 @@ def test_a_full_disk_leaves_nothing_half_written(
 def test_plain_peft_loads_it_into_a_fresh_tower(trained: Trained, tiny: Tiny) -> None:
     """Without this project's loader: PEFT for the adapter, safetensors for the head, and the embeddings are equal."""
     encoder = load_encoder(inspect_encoder(tiny.encoder), torch.float32)
-    wrapped = peft.PeftModel.from_pretrained(encoder.tower, trained.folder)
+    wrapped = peft.PeftModel.from_pretrained(encoder.model, trained.folder)
     assert sum("lora_" in name for name, _ in wrapped.named_parameters()) == 2 * len(trained.card.target_modules)
     prefix = LivePrefix(encoder, tiny.store(), depth=0)
-    lengths = encoder.sequence_lengths(torch.from_numpy(tiny.store().frames[CLIPS])).numpy()
+    lengths = row_lengths(encoder, tiny.store())[CLIPS]
     with torch.no_grad():
         pooled_BH = pool_clips(encoder, prefix, CLIPS, lengths, trained.card.tokens_per_forward)
     weights = load_file(trained.folder / HEAD_FILE)
@@ -142,7 +142,7 @@ def test_the_adapter_matters(trained: Trained, tiny: Tiny) -> None:
     """Else equal embeddings would say nothing about it."""
     encoder = load_encoder(inspect_encoder(tiny.encoder), torch.float32)
     head, _ = load_head(trained.folder, trained.card, encoder)
-    lengths = encoder.sequence_lengths(torch.from_numpy(tiny.store().frames[CLIPS])).numpy()
+    lengths = row_lengths(encoder, tiny.store())[CLIPS]
     with torch.no_grad():
         bare = head(pool_clips(encoder, LivePrefix(encoder, tiny.store(), 0), CLIPS, lengths, 64))
     assert (bare - trained.embeddings).abs().max() > 0.01

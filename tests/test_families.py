@@ -37,6 +37,7 @@ from tuner.train.prefix import LivePrefix, row_lengths
 
 RATE = 16_000
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+ALL_QUERIES = ("q_proj", "query")
 WAVEFORM_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense")
 WHISPER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 QWEN_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -419,7 +420,6 @@ def outputs(encoder: AudioEncoder, clips: list[NDArray[np.float32]]) -> list[Ten
     frames_B = torch.from_numpy(inputs.frames.astype(np.int64))
     with torch.no_grad(), encoder_precision(encoder):
         hidden_BTD, mask_BT = encoder(encoder.pad_features(inputs.maps), frames_B)
-    assert mask_BT.sum(dim=1).tolist() == encoder.token_lengths(frames_B).tolist()
     assert mask_BT.sum(dim=1).tolist() == [encoder.spec.token_length(int(frames)) for frames in inputs.frames]
     return [states_TD[mask_T] for states_TD, mask_T in zip(hidden_BTD, mask_BT, strict=True)]
 
@@ -475,6 +475,29 @@ def test_names_of_the_shipped_spaces_resolve(made: Made) -> None:
     assert trainable == placement.lora_parameters
 
 
+def test_the_facts_state_which_linears_read_the_input_of_their_block(made: Made) -> None:
+    """Traced: those that get the very tensor that the queries get, before all others; estimates of cost follow it."""
+    encoder, spec = made.encoder(), made.spec
+    met: list[tuple[str, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments, path=path: met.append((path, arguments[0])))
+        for path, module in encoder.model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    outputs(encoder, sounds()[:2])
+    for hook in hooks:
+        hook.remove()
+    for depth, block in enumerate(spec.block_names):
+        targets = spec.stages[spec.stage_at(depth)].targets
+        names = {f"{block}.{linear.suffix}": name for name, linear in targets.items()}
+        traced = [(names[path], entering) for path, entering in met if path in names]
+        assert sorted(name for name, _ in traced) == sorted(targets), "a forward pass calls each of them once"
+        readers = [name for name, entering in traced if entering is traced[0][1]]
+        stated = [name for name, linear in targets.items() if linear.reads_block_input]
+        assert set(readers) == set(stated) == {name for name, _ in traced[: len(stated)]} and stated[0] in ALL_QUERIES
+        assert [name for name, _ in traced if name not in readers] == [name for name in targets if name not in readers]
+
+
 def test_the_path_says_where_the_tower_is(made: Made) -> None:
     """In the whole model as transformers has it; a model of the waveform is all encoder, with no tower to point at."""
     spec, case = made.spec, made.case
@@ -515,9 +538,9 @@ def test_an_adapter_equals_the_merged_weights(made: Made) -> None:
     adapted, merged = made.encoder(), made.encoder()
     attach_trained(adapted, made.lora())
     with torch.no_grad():
-        for path, layer in adapted.tower.named_modules():
+        for path, layer in adapted.model.named_modules():
             if hasattr(layer, "lora_A"):
-                linear: Any = merged.tower.get_submodule(path)
+                linear: Any = merged.model.get_submodule(path)
                 linear.weight += layer.get_delta_weight("default")
     plain = outputs(made.encoder(), sounds())
     for ours_TD, theirs_TD, plain_TD in zip(outputs(adapted, sounds()), outputs(merged, sounds()), plain, strict=True):
@@ -542,7 +565,7 @@ def test_training_lowers_the_loss_and_moves_every_tensor(made: Made) -> None:
     """The loop of the pack: three steps, since A has no gradient before B has moved."""
     encoder = made.encoder()
     encoder.train()
-    frozen = {name: tensor.clone() for name, tensor in encoder.tower.state_dict().items()}
+    frozen = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
     config = TrialConfig(lora=made.lora(), optim=OptimSpec(lora_lr=3e-3, head_lr=1e-3, warmup_fraction=0.0))
     member = Member("t0000", config, encoder, text_dim=8, total_steps=100)
     start = [parameter.detach().clone() for parameter in member.lora_parameters]
@@ -561,7 +584,7 @@ def test_training_lowers_the_loss_and_moves_every_tensor(made: Made) -> None:
     moved = [not torch.equal(old, new) for old, new in zip(start, member.lora_parameters, strict=True)]
     assert all(moved), f"{moved.count(False)} of {len(moved)} LoRA tensors never moved"
     member.detach()
-    after = encoder.tower.state_dict()
+    after = encoder.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in frozen.items())
 
 

@@ -22,7 +22,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 from tuner.config import EncoderRef, LoraSpec, Placed
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.qwen2_audio.facts import PARTS
-from tuner.encoders.qwen2_audio.full_forward import Qwen2AudioFullForward, empty_model
+from tuner.encoders.qwen2_audio.full_forward import Qwen2AudioFullForward, empty_qwen2_audio
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import EncoderError
@@ -185,7 +185,7 @@ def test_the_names_of_transformers_5_are_read_too(
     save_file(
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors"
     )
-    ours, theirs = (load_encoder(inspect(each), torch.float32).tower.state_dict() for each in (tmp_path, folder))
+    ours, theirs = (load_encoder(inspect(each), torch.float32).model.state_dict() for each in (tmp_path, folder))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()) and set(ours) == set(theirs)
 
 
@@ -220,12 +220,12 @@ def change_text_config(folder: Path, **fields: object) -> None:
 
 
 def test_what_cannot_be_run(model: Qwen2AudioForConditionalGeneration, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match="leave pad_to_30s out"):
+    with pytest.raises(EncoderError, match="drop pad_to_30s"):
         inspect_encoder(EncoderRef(source=str(folder), pad_to_30s=True, path="full_forward"))
     model.model.audio_tower.save_pretrained(tmp_path / "tower")
     for alone in (tmp_path / "tower", write_encoder(tmp_path / "whisper")):
         with pytest.raises(
-            EncoderError, match=r"so it has no path full_forward; leave --path out \(qwen2_audio has it\)"
+            EncoderError, match=r"so it has no path full_forward; use path audio_tower \(qwen2_audio has both\)"
         ):
             inspect(alone)
     other = tmp_path / "other"
@@ -278,7 +278,7 @@ def test_lora_on_the_language_model_of_qwen2_audio_7b(
     real_size: EncoderSpec, placement: Placed, targets: tuple[str, ...], tensors: int, count: int
 ) -> None:
     config = json.loads((real_size.folder / "config.json").read_text())
-    encoder = Qwen2AudioFullForward(real_size, empty_model(config))
+    encoder = Qwen2AudioFullForward(real_size, empty_qwen2_audio(config))
     # The tower, the projector, 32 layers and a norm: 8,397.1M without word embeddings and output layer.
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 7_118_880_768
     lora = LoraSpec(rank=16, targets=targets, placement=placement)

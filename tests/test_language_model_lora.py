@@ -21,7 +21,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 from tuner.config import EncoderRef, LoraSpec, Placed, TrialConfig
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper.facts import silence_level
+from tuner.encoders.whisper.features import silence_level
 from tuner.errors import AdapterError, EncoderError, PlacementError
 from tuner.lora.placement import resolve_placement, trainable_parameters
 from tuner.train.embed import Clips, embed_files
@@ -154,11 +154,11 @@ def test_gradient_reaches_every_adapted_layer(full: Tiny, placement: Placed) -> 
     pack = make_pack(full, epochs=1, batch_size=18)
     member = pack.attach("t0000", TrialConfig(lora=lora(placement)))
     start = [parameter.detach().clone() for parameter in member.lora_parameters]
-    frozen = {name: tensor.clone() for name, tensor in pack.encoder.tower.state_dict().items() if "lora" not in name}
+    frozen = {name: tensor.clone() for name, tensor in pack.encoder.model.state_dict().items() if "lora" not in name}
     train(pack, ["t0000"])
     moved = [not torch.equal(old, new) for old, new in zip(start, member.lora_parameters, strict=True)]
     assert all(moved) and len(moved) == 2 * len(resolve_placement(pack.encoder.spec, lora(placement)).modules)
-    after = pack.encoder.tower.state_dict()
+    after = pack.encoder.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in frozen.items())
 
 

@@ -56,7 +56,7 @@ def test_the_targets_of_every_family_are_on_the_path(made: Made) -> None:  # noq
         encoder.spec.token_length(int(frames)) for frames in extracted(encoder.spec, sounds(SECONDS)).frames
     )
     for linear in path.on_path:
-        module: Any = encoder.tower.get_submodule(linear.name)
+        module: Any = encoder.model.get_submodule(linear.name)
         assert (linear.in_features, linear.out_features) == (module.in_features, module.out_features)
         assert linear.calls > 0 and linear.flops == 2 * linear.rows * module.in_features * module.out_features
 
@@ -75,7 +75,7 @@ def test_on_the_path_is_what_changes_the_embedding(made: Made) -> None:  # noqa:
     before, path = output(), trace(encoder)
     assert torch.equal(output(), before), "the hooks are gone"
     for linear in path.linears:
-        hook = encoder.tower.get_submodule(linear.name).register_forward_hook(disturb)
+        hook = encoder.model.get_submodule(linear.name).register_forward_hook(disturb)
         assert linear.reached == (not torch.equal(output(), before)), linear.name
         hook.remove()
 
@@ -126,14 +126,14 @@ class Whole(AudioEncoder):
         raise NotImplementedError
 
     def forward(self, features_BCF: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_BTD = self.tower(features_BCF)
+        hidden_BTD = self.model(features_BCF)
         hidden_BTD = getattr(hidden_BTD, "last_hidden_state", hidden_BTD)
         return hidden_BTD, torch.ones(hidden_BTD.shape[:2], dtype=torch.bool)
 
 
-def trace_whole(tower: nn.Module, features: Sequence[NDArray[np.float32]]) -> EncodingPath:
+def trace_whole(model: nn.Module, features: Sequence[NDArray[np.float32]]) -> EncodingPath:
     spec: Any = SimpleNamespace()
-    return trace_path(Whole(spec, tower), features, [features[0].shape[-1]] * len(features))
+    return trace_path(Whole(spec, model), features, [features[0].shape[-1]] * len(features))
 
 
 def test_only_what_gradient_reaches_counts() -> None:
@@ -200,7 +200,7 @@ def test_clips_to_trace_are_the_shortest_that_are_long_enough() -> None:
 def bypassed(tiny: Tiny) -> AudioEncoder:
     """An encoder whose last block calls its first feed-forward layer and makes nothing of it."""
     encoder = load_encoder(inspect_encoder(tiny.encoder), torch.float32)
-    tower: Any = encoder.tower
+    tower: Any = encoder.model
     tower.layers[2].fc2.register_forward_pre_hook(lambda module, inputs: (torch.zeros_like(inputs[0]),))
     return encoder
 

@@ -123,13 +123,13 @@ def test_trainable_parameters_add_up(spec: EncoderSpec, loss: LossSpec, extra: i
 def test_peft_adapts_exactly_the_placement(encoder: AudioEncoder, spec: EncoderSpec, config: LoraSpec) -> None:
     before = output(encoder)
     placement = adapters.attach(encoder, config, "a")
-    adapted = {path for path, module in encoder.tower.named_modules() if hasattr(module, "lora_A")}
+    adapted = {path for path, module in encoder.model.named_modules() if hasattr(module, "lora_A")}
     assert placement == resolve_placement(spec, config) and adapted == set(placement.modules)
     trainable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in trainable) == placement.lora_parameters
     assert {id(p) for p in trainable} == {id(p) for p in adapters.parameters(encoder, "a")}
     assert torch.equal(output(encoder), before)  # B is zero
-    layer: Any = encoder.tower.get_submodule(placement.modules[0])
+    layer: Any = encoder.model.get_submodule(placement.modules[0])
     wanted = config.alpha / (config.rank**0.5 if config.rslora else config.rank)
     assert layer.scaling["a"] == pytest.approx(wanted)
 
@@ -138,7 +138,7 @@ def test_the_output_is_the_formula(encoder: AudioEncoder) -> None:
     """Slow reference: W x + (alpha / r) B A x with plain matrices."""
     adapters.attach(encoder, lora(4, ("fc1",), first_layer=-1, alpha_ratio=3.0), "a")
     train_like(encoder, "a")
-    layer: Any = encoder.tower.get_submodule("layers.3.fc1")
+    layer: Any = encoder.model.get_submodule("layers.3.fc1")
     a, b = adapters.parameters(encoder, "a")
     x = torch.randn(7, 384)
     with torch.no_grad():
@@ -168,9 +168,9 @@ def test_a_seed_gives_one_adapter_on_every_base_precision(spec: EncoderSpec) -> 
 
 def test_fifty_trials_leave_nothing_behind(encoder: AudioEncoder) -> None:
     def shape_of() -> tuple[list[tuple[str, type]], list[tuple[str, tuple[int, ...], bool]], set[str]]:
-        modules = [(path, type(module)) for path, module in encoder.tower.named_modules()]
-        tensors = [(name, tuple(p.shape), p.requires_grad) for name, p in encoder.tower.named_parameters()]
-        return modules, tensors, set(vars(encoder.tower))
+        modules = [(path, type(module)) for path, module in encoder.model.named_modules()]
+        tensors = [(name, tuple(p.shape), p.requires_grad) for name, p in encoder.model.named_parameters()]
+        return modules, tensors, set(vars(encoder.model))
 
     before, first = shape_of(), output(encoder)
     adapters.attach(encoder, lora(2, ("fc1",)), "stays")
@@ -212,7 +212,7 @@ def test_several_adapters_share_one_tower(encoder: AudioEncoder) -> None:
     assert all(parameter.grad is not None for parameter in adapters.parameters(encoder, "a"))
     # Others wait for their own backward pass: they may be trained, but got nothing from this one.
     assert all(p.requires_grad and p.grad is None for p in adapters.parameters(encoder, "b"))
-    assert all(p.grad is None for name, p in encoder.tower.named_parameters() if "lora" not in name)
+    assert all(p.grad is None for name, p in encoder.model.named_parameters() if "lora" not in name)
 
 
 def test_dropout_belongs_to_one_adapter(encoder: AudioEncoder) -> None:
@@ -229,7 +229,7 @@ def test_dropout_belongs_to_one_adapter(encoder: AudioEncoder) -> None:
 
 def test_names_alike_outside_the_blocks_stay_untouched(encoder: AudioEncoder) -> None:
     """PEFT's list of names matches by suffix and would adapt this language model too."""
-    tower: Any = encoder.tower
+    tower: Any = encoder.model
     attention = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
     tower.language_model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": attention})])})
     placement = adapters.attach(encoder, lora(), "a")
@@ -238,7 +238,7 @@ def test_names_alike_outside_the_blocks_stay_untouched(encoder: AudioEncoder) ->
 
 
 def test_a_tower_unlike_its_spec_is_an_error(encoder: AudioEncoder) -> None:
-    tower: Any = encoder.tower
+    tower: Any = encoder.model
     del tower.layers[3]
     with pytest.raises(PlacementError, match=r"16 modules, but PEFT matched k_proj 3, .* layers.3"):
         adapters.attach(encoder, lora(), "a")
@@ -263,7 +263,7 @@ def test_plain_peft_loads_the_files(encoder: AudioEncoder, saved: Path, spec: En
     fresh = load_encoder(spec, torch.float32)
     base = output(fresh)
     with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
-        peft.PeftModel.from_pretrained(fresh.tower, str(saved))
+        peft.PeftModel.from_pretrained(fresh.model, str(saved))
     assert torch.equal(output(fresh), wanted) and not torch.allclose(wanted, base)
 
 
@@ -280,7 +280,7 @@ def test_load_adapter_restores_every_number(
     if dtype == torch.float32:
         assert torch.equal(output(fresh), output(encoder))
     adapters.detach(fresh, "again")
-    assert not any(hasattr(module, "lora_A") for module in fresh.tower.modules())
+    assert not any(hasattr(module, "lora_A") for module in fresh.model.modules())
 
 
 def test_adapters_load_beside_others(saved: Path, encoder: AudioEncoder) -> None:

@@ -24,7 +24,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 
 from tuner.config import EncoderRef, LoraSpec
 from tuner.data.worker import WORK_SCHEMA, FeatureWorker
-from tuner.encoders.packed import empty_tower
+from tuner.encoders.packed import empty_model
 from tuner.encoders.qwen2_audio.tower import Qwen2AudioTower
 from tuner.encoders.registry import inspect_encoder, load_encoder, load_feature_extractor
 from tuner.encoders.spec import EncoderSpec
@@ -98,7 +98,7 @@ def inspect(folder: Path) -> EncoderSpec:
 
 
 def assert_same_weights(folder: Path, reference: Qwen2AudioEncoder) -> None:
-    loaded = load_encoder(inspect(folder), torch.float32).tower.state_dict()
+    loaded = load_encoder(inspect(folder), torch.float32).model.state_dict()
     assert set(loaded) == set(reference.state_dict())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in reference.state_dict().items())
 
@@ -228,7 +228,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[set[str], set[str]]
             return tensor
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors, "safe_open", Spy)
+        patch.setattr("tuner.encoders.weights.safe_open", Spy)
         yield opened, read
 
 
@@ -303,7 +303,7 @@ def test_the_nested_configuration_may_leave_out_defaults(folder: Path) -> None:
 
 
 def test_what_cannot_be_used(folder: Path) -> None:
-    with pytest.raises(EncoderError, match=r"masks what lies behind a clip.* leave pad_to_30s out"):
+    with pytest.raises(EncoderError, match=r"masks what lies behind a clip.* drop pad_to_30s"):
         inspect_encoder(EncoderRef(source=str(folder), pad_to_30s=True))
     missing = min(tower_shards(folder))
     (folder / missing).unlink()
@@ -342,7 +342,7 @@ def real_size(tmp_path_factory: pytest.TempPathFactory) -> EncoderSpec:
 def test_lora_on_the_tower_of_qwen2_audio_7b(
     real_size: EncoderSpec, targets: tuple[str, ...], tensors: int, count: int
 ) -> None:
-    encoder = Qwen2AudioTower(real_size, empty_tower(Qwen2AudioEncoder, Qwen2AudioEncoderConfig()))
+    encoder = Qwen2AudioTower(real_size, empty_model(Qwen2AudioEncoder, Qwen2AudioEncoderConfig()))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 636_968_960
     lora = LoraSpec(rank=16, targets=targets)
     assert resolve_placement(real_size, lora).lora_parameters == count

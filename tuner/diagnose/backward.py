@@ -63,7 +63,7 @@ def try_training(step: Step, member: Member, sample: Sample) -> MeasuredStep:
     measured = min(attempts, key=lambda attempt: attempt.seconds)
     dead = [name for name, parameter in _lora(member) if not _has_gradient(parameter)] + _frozen_projection(member)
     strays = [
-        name for name, parameter in member.encoder.tower.named_parameters() if name not in names and _moves(parameter)
+        name for name, parameter in member.encoder.model.named_parameters() if name not in names and _moves(parameter)
     ]
     member.optimizer.zero_grad(set_to_none=True)
     step.values |= {"lora_tensors": len(names), "dead": dead, "base_with_gradient": strays, "clips": len(sample.clips)}
@@ -151,7 +151,7 @@ def _kept_for_backward(weights: Iterable[Tensor]) -> Iterator[dict[int, int]]:
 
 def _lora(member: Member) -> list[tuple[str, nn.Parameter]]:
     parts = (f".lora_A.{member.trial}.", f".lora_B.{member.trial}.")
-    named = member.encoder.tower.named_parameters()
+    named = member.encoder.model.named_parameters()
     return [(name, parameter) for name, parameter in named if any(part in name for part in parts)]
 
 

@@ -130,8 +130,8 @@ def _describe(step: Step, spec: EncoderSpec, contents: Contents, encoder: AudioE
     read = contents.read(spec)
     stored = [contents.tensors[name] for name in read if name in contents.tensors]
     formats = Counter(tensor.dtype for tensor in stored)
-    parameters = sum(parameter.numel() for parameter in encoder.tower.parameters())
-    memory = sum(parameter.numel() * parameter.itemsize for parameter in encoder.tower.parameters())
+    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    memory = sum(parameter.numel() * parameter.itemsize for parameter in encoder.model.parameters())
     size = sum(tensor.size for tensor in stored)
     dtype = str(encoder.dtype).removeprefix("torch.")
     # As if the rest were loaded in the same format.

@@ -148,7 +148,7 @@ def _cost(step: Step, subject: Subject, spec: EncoderSpec) -> None:
         step.note("time and memory of a step are not estimated: no step was measured (step 6)")
         return
     share = tokens / subject.measured.tokens
-    weights = sum(parameter.numel() * parameter.itemsize for parameter in subject.encoder.tower.parameters())
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in subject.encoder.model.parameters())
     trained = BYTES_TRAINED * trainable_parameters(spec, request.trial, text_dim)
     memory, seconds = weights + trained + share * subject.measured.activation_bytes, share * subject.measured.seconds
     values |= {"seconds": seconds, "memory_bytes": memory}

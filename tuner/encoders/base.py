@@ -15,25 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tuner.encoders.packed import Packing, unpack
-from tuner.encoders.spec import EncoderSpec, Window
-
-
-def shortened(length_B: Tensor, windows: Sequence[Window]) -> Tensor:
-    """Lengths after a chain of windows: `Window.outputs` for a whole batch, int64."""
-    for window in windows:
-        spare_B = length_B + 2 * window.padding - window.kernel
-        length_B = (spare_B.div(window.stride, rounding_mode="floor") + 1).clamp(min=0)
-    return length_B
+from tuner.encoders.spec import EncoderSpec
 
 
 def real_token_mask(lengths_B: Tensor, tokens: int) -> Tensor:
     """Mask BT, true on the first `lengths_B[b]` of `tokens` places."""
     return torch.arange(tokens, device=lengths_B.device) < lengths_B.unsqueeze(1)
-
-
-def _all_or_each(whole: int | None, length_B: Tensor) -> Tensor:
-    """The length that all clips have, where there is one, else their own."""
-    return length_B if whole is None else torch.full_like(length_B, whole)
 
 
 @dataclass(frozen=True)
@@ -46,20 +33,21 @@ class Hidden:
 
 
 class AudioEncoder(nn.Module, ABC):
-    """A frozen pretrained tower, cut where LoRA training needs seams: stem, blocks one by one, finish.
+    """A frozen pretrained encoder, cut where LoRA training needs seams: stem, blocks one by one, finish.
 
     The stem is constant under LoRA, and so is every block below the first adapted one; callers cache those states.
-    `tower` is where adapters are injected; its own parameters need no gradient and its own dropout is zero, so
-    `train()` switches nothing but the dropout of adapters.
+    `model` is the module of transformers that holds all the weights: an audio tower, or a whole model whose language
+    model runs behind its tower. Adapters are injected there, under names relative to it. Its own parameters need no
+    gradient and its own dropout is zero, so `train()` switches nothing but the dropout of adapters.
     """
 
     spec: EncoderSpec
-    tower: nn.Module
+    model: nn.Module
 
-    def __init__(self, spec: EncoderSpec, tower: nn.Module) -> None:
+    def __init__(self, spec: EncoderSpec, model: nn.Module) -> None:
         super().__init__()
         self.spec = spec
-        self.tower = tower
+        self.model = model
 
     @property
     def tower_alone(self) -> AudioEncoder:
@@ -69,26 +57,16 @@ class AudioEncoder(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the frozen weights."""
-        return next(self.tower.parameters()).dtype
+        return next(self.model.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """Where the frozen weights are."""
-        return next(self.tower.parameters()).device
-
-    def token_lengths(self, frames_B: Tensor) -> Tensor:
-        """Output tokens of each clip for its real frames, int64: what pooling averages. See `spec.token_length`."""
-        windows = (*self.spec.windows(self.spec.num_layers), *self.spec.pooling_windows)
-        return shortened(_all_or_each(self.spec.fixed_tokens, frames_B), windows)
-
-    def sequence_lengths(self, frames_B: Tensor, depth: int = 0) -> Tensor:
-        """Tokens of each clip that enter block `depth`, int64. See `spec.sequence_length`."""
-        whole = self.spec.fixed_tokens or (self.spec.max_frames if self.spec.pad_to_30s else None)
-        return shortened(_all_or_each(whole, frames_B), self.spec.windows(depth))
+        return next(self.model.parameters()).device
 
     @abstractmethod
     def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:
-        """Batch BCF of clips' stored features [C, F] in the tower's number format and on its device.
+        """Batch BCF of clips' stored features [C, F] in the encoder's number format and on its device.
 
         Each clip is continued with its own silence, so that a clip in a batch equals the clip alone.
         """
@@ -98,12 +76,12 @@ class AudioEncoder(nn.Module, ABC):
         """States BTD before block 0: convolutions and positions. `frames_B` counts the real frames of each clip."""
 
     def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
-        """The packing of clips with these `sequence_lengths` at block `depth`, for `block` and `finish`."""
+        """The packing of clips of so many tokens each at block `depth`, for `block` and `finish`."""
         return Packing(lengths, self.dtype, self.device)
 
     def begin(self, features_BCF: Tensor, frames_B: Tensor) -> Hidden:
         """What enters block 0, from a batch of `pad_features`."""
-        packing = self.packing(self.sequence_lengths(frames_B).tolist())
+        packing = self.packing([self.spec.sequence_length(frames) for frames in frames_B.tolist()])
         return Hidden(packing.join_batch(self.stem(features_BCF, frames_B.to(self.device))), packing, frames_B)
 
     def advance(self, hidden: Hidden, start: int, stop: int) -> Hidden:
@@ -116,7 +94,7 @@ class AudioEncoder(nn.Module, ABC):
         return hidden
 
     def enter_stage(self, stage: int, hidden: Hidden) -> Hidden:
-        """What left the stage before, as the first block of `stage` reads it: merged, widened, packed anew."""
+        """What left the stage before, as the first block of `stage` reads it: merged, widened, packed again."""
         raise NotImplementedError(f"{type(self).__name__} has no way into stage {stage}")
 
     @abstractmethod

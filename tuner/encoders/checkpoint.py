@@ -1,4 +1,4 @@
-"""Weights on disk: which files, their fingerprint, reading only the encoder's part. No torch at import, no pickle."""
+"""Models on disk: configuration, which files hold the weights, their fingerprint. No torch, no pickle."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tuner.errors import EncoderError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def tower_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of an audio tower from that of the tower alone or of a whole model that nests it.
 
-    The nested one may leave out what equals the defaults of transformers: `defaults` gives those that are read here.
+    The nested one may omit what equals the defaults of transformers: `defaults` gives those that are read here.
     """
     own = config.get("audio_config", config)
     return dict(defaults) | dict(own or {})
@@ -132,8 +128,14 @@ def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
 def names_below(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:
     """Those of the names of tensors that lie below the first of `prefixes` that occurs."""
     known = list(names)
-    prefix = _first_prefix(known, prefixes)
+    prefix = first_prefix(known, prefixes)
     return [name for name in known if name.startswith(prefix)]
+
+
+def first_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
+    """The first of `prefixes` that occurs, the last one if none does."""
+    known = list(names)
+    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in known)), prefixes[-1])
 
 
 def fingerprint(configs: Iterable[Path], weights: Iterable[Path], *settings: object) -> str:
@@ -161,57 +163,6 @@ def fingerprint(configs: Iterable[Path], weights: Iterable[Path], *settings: obj
     return digest.hexdigest()
 
 
-def read_tensors(folder: Path, prefixes: Sequence[str], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    """Tensors below the first of `prefixes` that occurs, named without it, floating ones as `dtype`.
-
-    Only these tensors are read from disk, so the tower of a large model costs its own size alone.
-
-    Raises:
-        EncoderError: a file is damaged, or no weights are there.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = weight_files(folder, prefixes)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt", device=device) as reader:
-                names = list(reader.keys())
-                prefix = _first_prefix(names, prefixes)
-                for name in names:
-                    if name.startswith(prefix):
-                        tensor = reader.get_tensor(name)
-                        tensors[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        except SafetensorError as error:
-            raise EncoderError(f"{file}: damaged safetensors file ({error}); fetch the model again") from None
-    return tensors
-
-
-def load_strictly(tower: nn.Module, tensors: Mapping[str, torch.Tensor], origin: Path) -> None:
-    """Give the tensors to a tower built on the meta device, frozen; names and shapes must match exactly.
-
-    Raises:
-        EncoderError: names the first missing, unexpected or misshaped tensors.
-    """
-    wanted = tower.state_dict()
-    missing = [name for name in wanted if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted]
-    misshaped = [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    faults = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
-        if names
-    ]
-    if faults:
-        raise EncoderError(f"{origin}: weights do not fit config.json: {'; '.join(faults)}; fetch the model again")
-    tower.load_state_dict(dict(tensors), strict=True, assign=True)
-    tower.requires_grad_(False).eval()
-
-
 def positive(config: Mapping[str, Any], field: str, folder: Path) -> int:
     """A field of config.json that must be a positive whole number.
 
@@ -230,7 +181,7 @@ def _shards(folder: Path, prefixes: Sequence[str]) -> list[str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise EncoderError(f"{folder / INDEX}: has no weight_map; fetch the model again")
-    prefix = _first_prefix(weight_map, prefixes)
+    prefix = first_prefix(weight_map, prefixes)
     shards = sorted({str(file) for name, file in weight_map.items() if name.startswith(prefix)})
     if not shards:
         raise EncoderError(f"{folder / INDEX}: names no tensor below {' or '.join(prefixes)}; this is another model")
@@ -242,8 +193,3 @@ def _shards(folder: Path, prefixes: Sequence[str]) -> list[str]:
     if pickled is not None:
         raise EncoderError(f"{folder / INDEX}: names the weight file {pickled!r}, not safetensors; fetch it again")
     return shards
-
-
-def _first_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
-    known = list(names)
-    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in known)), prefixes[-1])

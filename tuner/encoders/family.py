@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,6 @@ from numpy.typing import NDArray
 from tuner.config import EncoderPath, EncoderRef
 from tuner.encoders.checkpoint import fingerprint
 from tuner.encoders.spec import CheckpointKind, EncoderSpec
-
-if TYPE_CHECKING:
-    import torch
-
-    from tuner.encoders.base import AudioEncoder
 
 PREPROCESSOR = "preprocessor_config.json"
 # Where a whole model has its audio tower: in transformers, and in checkpoints, of which those of transformers 4 have it
@@ -60,7 +55,7 @@ class EncoderSource:
         return str(self.config.get("model_type"))
 
     def facts(self, weights: Iterable[Path], *settings: object) -> dict[str, Any]:
-        """What all families say of themselves in `EncoderSpec`.
+        """The fields of `EncoderSpec` that all families fill in one way.
 
         Args:
             weights: files that hold the encoder.
@@ -77,15 +72,20 @@ class EncoderSource:
         }
 
 
+# Which tower and which front end a family has, by the names under which the registry loads them.
+Tower = Literal["clap", "glmasr", "qwen2_5_omni", "qwen2_audio", "voxtral", "wav2vec2", "wavlm", "whisper"]
+Features = Literal["clap", "log_mel", "waveform"]
+
+
 @dataclass(frozen=True)
 class Family:
-    """How to read one family of encoders. `inspect` is torch-free; the two loaders import what they need."""
+    """How to read one family of encoders. No torch here: the registry alone loads towers and front ends."""
 
     model_type: str  # `model_type` of config.json
     prefixes: tuple[str, ...]  # where the tower's tensors are in a checkpoint; the first that occurs counts
     inspect: Callable[[EncoderSource], EncoderSpec]
-    load: Callable[[EncoderSpec, torch.dtype, str], AudioEncoder]
-    load_features: Callable[[EncoderSpec], FeatureExtractor]
+    tower: Tower
+    features: Features
     ctranslate2_name: str | None = None  # specification name inside a CTranslate2 model.bin
     # The paths that `inspect` knows; where there is one alone, an encoder without a tower of its own takes it unasked.
     paths: tuple[EncoderPath, ...] = ("audio_tower",)

@@ -98,7 +98,7 @@ class Packing:
 
 
 class Rotation:
-    """Rotary positions (RoFormer, arXiv:2104.09864) that start anew with every clip of a packing.
+    """Rotary positions (RoFormer, arXiv:2104.09864) that start again with every clip of a packing.
 
     Args:
         model: whose `rotary_emb` gives cosines and sines for places.
@@ -143,7 +143,7 @@ def _group(lengths: tuple[int, ...], start: int, dtype: torch.dtype, device: tor
     length_G = torch.tensor(lengths)
     real_GT = torch.arange(width) < length_G[:, None]
     offset_G = length_G.cumsum(0) - length_G
-    # Padding repeats a clip's last token; its scores are pushed to zero weight, and what it would say is dropped.
+    # Padding repeats a clip's last token; its scores are pushed to zero weight, and its output is dropped.
     padded_GT = offset_G[:, None] + torch.minimum(torch.arange(width), length_G[:, None] - 1)
     bias_GT = torch.zeros(clips, width, dtype=dtype).masked_fill_(~real_GT, torch.finfo(dtype).min)
     return Group(
@@ -171,7 +171,7 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function for transformers: each clip of the packing attends to itself alone.
 
-    Without a packing (somebody calls the tower itself) it is transformers' own. It comes as the attention mask, or by
+    Without a packing (somebody calls the model itself) it is transformers' own. It comes as the attention mask, or by
     its name through layers that take no mask. `score_bias` gives what a family adds to the scores HGTT of a group.
     Keys and values may have fewer heads than queries, each then shared by neighbouring ones.
 
@@ -184,7 +184,7 @@ def packed_attention(
             module, query_1HNd, key_1HNd, value_1HNd, None, scaling=scaling, dropout=dropout, **more
         )
         return whole
-    assert dropout == 0.0, "the frozen tower has no dropout of its own"
+    assert dropout == 0.0, "the frozen encoder has no dropout of its own"
     sharing = query_1HNd.shape[1] // key_1HNd.shape[1]
     key_1HNd, value_1HNd = repeat_kv(key_1HNd, sharing), repeat_kv(value_1HNd, sharing)
     parts = []
@@ -196,12 +196,12 @@ def packed_attention(
     return torch.cat(parts, dim=1).transpose(0, 1)[None], None
 
 
-def empty_tower(tower_class: type[nn.Module], config: Any) -> nn.Module:
-    """A tower of transformers on the meta device whose layers take a `Packing` as their attention mask."""
+def empty_model(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """A model of transformers on the meta device whose layers take a `Packing` as their attention mask."""
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     config._attn_implementation = IMPLEMENTATION
     with torch.device("meta"):
-        return tower_class(config)
+        return model_class(config)
 
 
 def _bias(group: Group, score_bias: ScoreBias | None, heads: int) -> Tensor | None:

@@ -1,10 +1,12 @@
 """Which encoder is in a folder or behind a hub id, and how to load it. No torch at import.
 
-A family is one `Family` record in `_FAMILIES`; nothing else knows the families by name.
+A family is one `Family` record in `_FAMILIES`; nothing else knows the families by name. Facts are imported at once;
+towers and front ends, which need torch and transformers, here alone and when they are asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from tuner.encoders.checkpoint import (
     weight_files,
 )
 from tuner.encoders.clap import facts as clap
-from tuner.encoders.family import EncoderSource, Family, FeatureExtractor
+from tuner.encoders.family import EncoderSource, Family, FeatureExtractor, Features, Tower
 from tuner.encoders.glmasr import facts as glmasr
 from tuner.encoders.qwen2_5_omni import facts as qwen2_5_omni
 from tuner.encoders.qwen2_audio import facts as qwen2_audio
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     import torch
 
     from tuner.encoders.base import AudioEncoder
+
+    Loader = Callable[[EncoderSpec, torch.dtype, str], AudioEncoder]
 
 __all__ = [
     "FeatureExtractor",
@@ -57,7 +61,7 @@ _FAMILIES = {family.model_type: family for family in _RECORDS}
 
 
 def families() -> tuple[str, ...]:
-    """Names of the known families, as `model_type` in config.json says them."""
+    """Names of the known families, as `model_type` in config.json gives them."""
     return tuple(sorted(_FAMILIES))
 
 
@@ -90,7 +94,7 @@ def load_encoder(spec: EncoderSpec, dtype: torch.dtype, device: str = "cpu") -> 
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    return _FAMILIES[spec.family].load(spec, dtype, device)
+    return _tower_loader(_FAMILIES[spec.family].tower, spec.tower_alone is not None)(spec, dtype, device)
 
 
 def load_feature_extractor(spec: EncoderSpec) -> FeatureExtractor:
@@ -99,7 +103,7 @@ def load_feature_extractor(spec: EncoderSpec) -> FeatureExtractor:
     Raises:
         EncoderError: the folder's preprocessor configuration contradicts the encoder.
     """
-    return _FAMILIES[spec.family].load_features(spec)
+    return _front_end(_FAMILIES[spec.family].features)(spec)
 
 
 def _ctranslate2_source(ref: EncoderRef, folder: Path) -> EncoderSource | None:
@@ -116,7 +120,7 @@ def _ctranslate2_source(ref: EncoderRef, folder: Path) -> EncoderSource | None:
 
 def _transformers_source(ref: EncoderRef, folder: Path) -> EncoderSource:
     if not (folder / "config.json").is_file():
-        # A folder without both is told about its weights first: that is the larger thing to fetch.
+        # Where both are missing, the error is about the weights: they are the larger thing to fetch.
         weight_files(folder)
     return EncoderSource(ref, folder, "transformers", read_json(folder / "config.json"))
 
@@ -127,7 +131,7 @@ def _goes_beyond_tower(ref: EncoderRef, family: Family) -> bool:
         able = sorted(name for name, other in _FAMILIES.items() if other.behind_tower)
         raise EncoderError(
             f"{ref.source}: of {family.model_type} the audio encoder alone is run, so it has no path full_forward; "
-            f"leave --path out ({', '.join(able)} has it)"
+            f"use path audio_tower ({', '.join(able)} has both)"
         )
     return ref.path == "full_forward"
 
@@ -140,3 +144,60 @@ def _family_of(source: EncoderSource) -> Family:
             f"known families are {', '.join(families())}"
         )
     return _FAMILIES[model_type]
+
+
+def _tower_loader(tower: Tower, beyond: bool) -> Loader:
+    """What loads a tower or, `beyond` it, the language model too. Each import costs seconds and memory."""
+    match tower:
+        case "clap":
+            from tuner.encoders.clap.tower import load_clap
+
+            return load_clap
+        case "glmasr":
+            from tuner.encoders.glmasr.tower import load_glmasr
+
+            return load_glmasr
+        case "qwen2_5_omni":
+            from tuner.encoders.qwen2_5_omni.tower import load_omni
+
+            return load_omni
+        case "qwen2_audio":
+            if beyond:
+                from tuner.encoders.qwen2_audio.full_forward import load_full_forward
+
+                return load_full_forward
+            from tuner.encoders.qwen2_audio.tower import load_qwen2_audio
+
+            return load_qwen2_audio
+        case "voxtral":
+            from tuner.encoders.voxtral.tower import load_voxtral
+
+            return load_voxtral
+        case "wav2vec2":
+            from tuner.encoders.wav2vec2.tower import load_wav2vec2
+
+            return load_wav2vec2
+        case "wavlm":
+            from tuner.encoders.wav2vec2.wavlm import load_wavlm
+
+            return load_wavlm
+        case "whisper":
+            from tuner.encoders.whisper.tower import load_whisper
+
+            return load_whisper
+
+
+def _front_end(features: Features) -> Callable[[EncoderSpec], FeatureExtractor]:
+    match features:
+        case "clap":
+            from tuner.encoders.clap.features import ClapFeatures
+
+            return ClapFeatures
+        case "log_mel":
+            from tuner.encoders.whisper.features import WhisperFeatures
+
+            return WhisperFeatures
+        case "waveform":
+            from tuner.encoders.wav2vec2.features import WaveformFeatures
+
+            return WaveformFeatures

@@ -21,6 +21,9 @@ class LinearTarget:
     suffix: str  # path below the block, e.g. "self_attn.out_proj"
     in_features: int
     out_features: int
+    # Whether it reads the block's input (behind the norm), as queries, keys and values do. Each family states it: cost
+    # estimates follow how far a gradient flows back.
+    reads_block_input: bool
 
 
 class Window(NamedTuple):
@@ -34,15 +37,20 @@ class Window(NamedTuple):
         """Number of outputs for `length` inputs."""
         return max(0, (length + 2 * self.padding - self.kernel) // self.stride + 1)
 
+    def inputs(self, outputs: int) -> int:
+        """How many of the first inputs the first `outputs` outputs (one at least) depend on."""
+        return (outputs - 1) * self.stride + self.kernel - self.padding
+
 
 @dataclass(frozen=True)
 class Stage:
     """Neighbouring blocks of one width on sequences of one length; an encoder is one stage or several in a row.
 
-    `targets` maps the family's own short names (`q_proj`, `out_proj`, `fc1`, ...) to linear layers of a block;
-    `aliases` maps other families' names (`o_proj`) to one or several of those. Block i of the stage lives at
-    `block_path.format(i)` below the root of the adapters. `windows` shorten the sequence on the way into the first
-    block of the stage; what shortens frames to the tokens of the first stage are the `stem_windows` of the encoder.
+    `targets` maps the family's own short names (`q_proj`, `out_proj`, `fc1`, ...) to linear layers of a block, queries
+    first, then in the order in which a token meets them. `aliases` maps other families' names (`o_proj`) to one or
+    several of those. Block i of the stage is at `block_path.format(i)` below the root of the adapters. `windows`
+    shorten the sequence on the way into the first block of the stage; what shortens frames to the tokens of the first
+    stage are the `stem_windows` of the encoder.
     """
 
     block_path: str
@@ -134,15 +142,33 @@ class EncoderSpec:
         return (*self.stem_windows, *(window for stage in entered for window in stage.windows))
 
     def token_length(self, frames: int) -> int:
-        """Output tokens that describe a clip of `frames` real frames: what is pooled, padding left out."""
-        length = self.fixed_tokens or frames
-        for window in (*self.windows(self.num_layers), *self.pooling_windows):
-            length = window.outputs(length)
-        return length
+        """Output tokens that describe a clip of `frames` real frames: what is pooled, without padding."""
+        return _through(self.pooling_windows, self.real_length(frames, self.num_layers))
+
+    def real_length(self, frames: int, depth: int = 0) -> int:
+        """Tokens at block `depth` that describe a clip of `frames` real frames, without padding."""
+        return _through(self.windows(depth), self.fixed_tokens or frames)
 
     def sequence_length(self, frames: int, depth: int = 0) -> int:
-        """Tokens that enter block `depth` for a clip of `frames` real frames: what it costs."""
-        length = self.fixed_tokens or (self.max_frames if self.pad_to_30s else frames)
-        for window in self.windows(depth):
-            length = window.outputs(length)
-        return length
+        """Tokens that enter block `depth` for a clip of `frames` real frames, with padding: what it costs."""
+        return self.real_length(self._computed(frames), depth)
+
+    def stem_lengths(self, frames: int) -> tuple[int, ...]:
+        """Outputs of each convolution of the stem for a clip of `frames` real frames, with padding."""
+        convolutions = range(1, len(self.stem_windows) + 1)
+        return tuple(_through(self.stem_windows[:count], self._computed(frames)) for count in convolutions)
+
+    def frames_read(self, tokens: int) -> int:
+        """Frames that the stem reads for the first `tokens` tokens of the first block, at most the longest clip's."""
+        for window in reversed(self.stem_windows):
+            tokens = window.inputs(tokens)
+        return min(tokens, self.max_frames)
+
+    def _computed(self, frames: int) -> int:
+        return self.max_frames if self.pad_to_30s else frames
+
+
+def _through(windows: tuple[Window, ...], length: int) -> int:
+    for window in windows:
+        length = window.outputs(length)
+    return length

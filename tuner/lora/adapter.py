@@ -1,6 +1,6 @@
-"""LoRA adapters on a shared frozen tower, by PEFT: attach, choose, read, save, remove. A torch module.
+"""LoRA adapters on a shared frozen model, by PEFT: attach, choose, read, save, remove. A torch module.
 
-PEFT owns target matching, parameters, initialisation, scaling and the file format. Several adapters live on one tower
+PEFT owns target matching, parameters, initialisation, scaling and the file format. Several adapters live on one model
 at once; every attached one keeps `requires_grad`, so a pack trains them in turn on one backbone.
 """
 
@@ -33,7 +33,7 @@ from tuner.lora.placement import Placement, StagePlacement, encoding_spec, resol
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_FILE_PREFIX = "base_model.model."  # where a PeftModel holds the tower
+_FILE_PREFIX = "base_model.model."  # where a PeftModel holds the encoder's model
 # Fields that `_peft_config` sets, and those that PEFT itself adds.
 _SETTINGS = frozenset(
     {
@@ -73,11 +73,11 @@ def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
         f"a LoRA on the {lora.placement} runs another path of {encoder.spec.source}"
     )
     assert name not in names(encoder), f"adapter {name} is attached already"
-    with _own_peft_config(encoder.tower):
+    with _own_peft_config(encoder.model):
         # Without weights at first: PEFT would draw them in the base's precision, and bf16 loses bits.
         config = _peft_config(encoder.spec, lora)
         config._register_custom_module({nn.Linear: LoraLinear})
-        peft.inject_adapter_in_model(config, encoder.tower, name, low_cpu_mem_usage=True)
+        peft.inject_adapter_in_model(config, encoder.model, name, low_cpu_mem_usage=True)
     matched = [path for path, _ in _layers(encoder, name)]
     if sorted(matched) != sorted(placement.modules):
         detach(encoder, name)
@@ -89,7 +89,7 @@ def attach(encoder: AudioEncoder, lora: LoraSpec, name: str) -> Placement:
         if lora.dropout > 0:
             layer.lora_dropout[name] = LoraDropout(lora.dropout)
         for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
-            part[name].to(encoder.device).train(encoder.tower.training)
+            part[name].to(encoder.device).train(encoder.model.training)
     count = sum(parameter.numel() for parameter in parameters(encoder, name))
     assert count == placement.lora_parameters, f"{count} LoRA parameters, placement says {placement.lora_parameters}"
     activate(encoder, name)
@@ -103,11 +103,11 @@ def detach(encoder: AudioEncoder, name: str) -> None:
     for path, layer in _layers(encoder, name):
         layer.delete_adapter(name)
         if not layer.lora_A:
-            encoder.tower.set_submodule(path, layer.get_base_layer())
-    configs: dict[str, peft.PeftConfig] = encoder.tower.__dict__.get("peft_config", {})
+            encoder.model.set_submodule(path, layer.get_base_layer())
+    configs: dict[str, peft.PeftConfig] = encoder.model.__dict__.get("peft_config", {})
     configs.pop(name, None)
     if not configs:
-        encoder.tower.__dict__.pop("peft_config", None)
+        encoder.model.__dict__.pop("peft_config", None)
 
 
 def activate(encoder: AudioEncoder, name: str | None) -> None:
@@ -133,7 +133,7 @@ def names(encoder: AudioEncoder) -> tuple[str, ...]:
 
 
 def parameters(encoder: AudioEncoder, name: str) -> list[nn.Parameter]:
-    """A and B of every adapted layer of one adapter, in the order of the tower's modules."""
+    """A and B of every adapted layer of one adapter, in the order of the model's modules."""
     return [part[name].weight for _, layer in _layers(encoder, name) for part in (layer.lora_A, layer.lora_B)]
 
 
@@ -143,7 +143,7 @@ def dropouts(encoder: AudioEncoder, name: str) -> list[nn.Module]:
 
 
 def save_adapter(encoder: AudioEncoder, name: str, folder: Path, lora: LoraSpec) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.from_pretrained(tower, folder)` reads.
+    """Write `adapter_config.json` and `adapter_model.safetensors` as `PeftModel.from_pretrained(model, folder)` reads.
 
     The configuration is renamed into place last: if it exists, the adapter is complete.
 
@@ -151,7 +151,7 @@ def save_adapter(encoder: AudioEncoder, name: str, folder: Path, lora: LoraSpec)
         AdapterError: the folder cannot be written.
     """
     # Word embeddings are never trained here, and PEFT would look for them on a hub.
-    state = peft.get_peft_model_state_dict(encoder.tower, adapter_name=name, save_embedding_layers=False)
+    state = peft.get_peft_model_state_dict(encoder.model, adapter_name=name, save_embedding_layers=False)
     tensors = {_FILE_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     config = _peft_config(encoder.spec, lora)
     config.inference_mode = True
@@ -177,21 +177,21 @@ def load_adapter(encoder: AudioEncoder, folder: Path, name: str = "default") -> 
     assert name not in names(encoder), f"adapter {name} is attached already"
     config = _read_config(folder)
     _check_tensors(encoder, folder, config)
-    with _own_peft_config(encoder.tower), warnings.catch_warnings():
+    with _own_peft_config(encoder.model), warnings.catch_warnings():
         # PEFT 0.21 still uses the old name of this property of transformers.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        # Wraps the tower and injects into it in place; the wrapper itself is not needed.
+        # Wraps the model and injects into it in place; the wrapper itself is not needed.
         peft.PeftModel.from_pretrained(
-            encoder.tower, folder, adapter_name=name, is_trainable=True, torch_device=str(encoder.device)
+            encoder.model, folder, adapter_name=name, is_trainable=True, torch_device=str(encoder.device)
         )
     for _, layer in _layers(encoder, name):
-        layer.train(encoder.tower.training)
+        layer.train(encoder.model.training)
     activate(encoder, name)
 
 
 def _peft_config(spec: EncoderSpec, lora: LoraSpec) -> peft.LoraConfig:
     placement = resolve_placement(spec, lora)
-    # A pattern over the whole name, not PEFT's list: a list matches by suffix, also outside the tower's blocks.
+    # A pattern over the whole name, not PEFT's list: a list matches by suffix, also outside the encoder's blocks.
     pattern = "|".join(_stage_pattern(stage) for stage in placement.stages)
     # PEFT annotates alpha as int and computes with any number; ratios such as 0.5 need that.
     alpha: Any = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
@@ -212,8 +212,8 @@ def _stage_pattern(stage: StagePlacement) -> str:
 
 
 def _layers(encoder: AudioEncoder, name: str | None = None) -> list[tuple[str, Any]]:
-    """Adapted layers of the tower in its order, all of them or those of one adapter."""
-    found = [(path, module) for path, module in encoder.tower.named_modules() if isinstance(module, LoraLayer)]
+    """Adapted layers of the encoder's model in its order, all of them or those of one adapter."""
+    found = [(path, module) for path, module in encoder.model.named_modules() if isinstance(module, LoraLayer)]
     return [(path, layer) for path, layer in found if name is None or name in layer.lora_A]
 
 
@@ -224,9 +224,9 @@ def _own_peft_config(tower: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        merged = before | tower.__dict__.get("peft_config", {})
+        merged = before | model.__dict__.get("peft_config", {})
         if merged:
-            tower.__dict__["peft_config"] = merged
+            model.__dict__["peft_config"] = merged
 
 
 def _mismatch(placement: Placement, matched: list[str]) -> str:
@@ -271,7 +271,7 @@ def _check_tensors(encoder: AudioEncoder, folder: Path, config: peft.LoraConfig)
     except SafetensorError as error:
         raise AdapterError(f"{path}: is a damaged safetensors file ({error}); export the adapter again") from None
     wanted: dict[str, tuple[int, ...]] = {}
-    for module, layer in encoder.tower.named_modules():
+    for module, layer in encoder.model.named_modules():
         linear: Any = layer
         if isinstance(layer, nn.Linear | LoraLayer) and check_target_module_exists(config, module):
             wanted[f"{_FILE_PREFIX}{module}.lora_A.weight"] = (config.r, linear.in_features)

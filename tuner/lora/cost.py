@@ -28,8 +28,6 @@ from tuner.config import LoraSpec, TrialConfig
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage
 from tuner.lora.placement import encoding_spec, head_parameters, lora_parameters, resolve_placement
 
-# Layers that read the input of the block, in the words of all families; what is not here comes behind attention.
-READ_INPUT = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value"})
 # fp32 weight, gradient and AdamW's two moments of each trained number.
 BYTES_TRAINED = 16
 # Activations that one block keeps for backward, in numbers for each token and unit of width: 34 bytes of 16 bits in
@@ -112,9 +110,8 @@ def stem_flops(spec: EncoderSpec, lengths: Lengths) -> int:
     """Operations of the convolutions from features to the first block."""
     total = 0
     for frames, count in lengths.frames.items():
-        length, channels = spec.max_frames if spec.pad_to_30s else frames, spec.feature_channels
-        for window in spec.windows(0):
-            length = window.outputs(length)
+        channels = spec.feature_channels
+        for window, length in zip(spec.stem_windows, spec.stem_lengths(frames), strict=True):
             total += count * length * 2 * window.kernel * channels * spec.width(0)
             channels = spec.width(0)
     return total
@@ -226,10 +223,9 @@ def _backward(stage: Stage, adapted: _Rank | None, entered: bool) -> tuple[int, 
 
 def _along_the_path(stage: Stage) -> Iterator[tuple[str, ...]]:
     """Names of the linear layers in the order in which a token meets them; those that read the same input together."""
-    readers = tuple(name for name in stage.targets if name in READ_INPUT)
-    yield readers
-    for name in stage.targets:
-        if name not in READ_INPUT:
+    yield tuple(name for name, linear in stage.targets.items() if linear.reads_block_input)
+    for name, linear in stage.targets.items():
+        if not linear.reads_block_input:
             yield (name,)
 
 

@@ -36,7 +36,7 @@ MIN_TOKENS = 8
 class TracedLinear:
     """A linear layer of the encoder and its use in one forward pass."""
 
-    name: str  # below the tower
+    name: str  # below the encoder's model
     in_features: int
     out_features: int
     calls: int
@@ -82,7 +82,7 @@ def trace_path(encoder: AudioEncoder, features: Sequence[NDArray[np.float32]], f
         features: of B clips, [C, F] each; clips of `MIN_TOKENS` tokens or more, see there.
         frames: real frames of each clip, B.
     """
-    linears = dict(_linears(encoder.tower))
+    linears = dict(_linears(encoder.model))
     trace = _Trace()
     with torch.enable_grad(), _base_alone(encoder), trace.watching(linears):
         frames_B = torch.as_tensor(np.asarray(frames, dtype=np.int64))
@@ -93,9 +93,9 @@ def trace_path(encoder: AudioEncoder, features: Sequence[NDArray[np.float32]], f
     return EncodingPath(tuple(trace.linears(linears)), len(frames), int(mask_BT.sum()))
 
 
-def _linears(tower: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The tower's own linear layers by name, whether adapters are on them or not."""
-    for name, module in tower.named_modules():
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The model's own linear layers by name, whether adapters are on them or not."""
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".lora_" not in name:
             yield name.removesuffix(".base_layer"), module
 

@@ -54,7 +54,7 @@ def encoder_precision(encoder: AudioEncoder) -> Iterator[None]:
     reduced = encoder.dtype == torch.bfloat16
     with (
         torch.autocast(encoder.device.type, torch.bfloat16, enabled=reduced),
-        disable_input_dtype_casting(encoder.tower, active=reduced),
+        disable_input_dtype_casting(encoder.model, active=reduced),
     ):
         yield
 

@@ -137,7 +137,9 @@ def frame_counts(store: FeatureSource, clips: NDArray[np.int64]) -> Tensor:
 
 def row_lengths(encoder: AudioEncoder, store: FeatureSource, depth: int = 0) -> NDArray[np.int64]:
     """Tokens that enter block `depth` for each clip of the store (those of 30 s where the encoder pads)."""
-    return encoder.sequence_lengths(torch.from_numpy(store.frames.astype(np.int64)), depth).numpy()
+    frames, places = np.unique(store.frames, return_inverse=True)
+    lengths = [encoder.spec.sequence_length(count, depth) for count in frames.tolist()]
+    return np.array(lengths, dtype=np.int64)[places]
 
 
 def open_prefix(

@@ -1,4 +1,4 @@
-"""CLAP's audio tower, HTSAT (arXiv:2202.00874): facts from its configuration, and its features. No torch at import.
+"""CLAP's audio tower, HTSAT (arXiv:2202.00874): facts from its configuration. No torch here.
 
 A Swin transformer over one picture of the sound: the mel spectrum of 10 s, stretched a little and folded into a square,
 cut into patches. A clip always fills that window: a shorter one is repeated as the checkpoint's own front end says
@@ -7,32 +7,24 @@ random. So all clips have the same number of tokens and there is no padding to c
 4 neighbouring tokens become one of twice the width.
 
 The tower comes inside the whole model (`clap`), of which nothing else is read, or as a folder of its own
-(`clap_audio_model`, with or without the projection, which is left out: a head of the adapter's own takes its place).
+(`clap_audio_model`, with or without the projection, which is omitted: the adapter's own head takes its place).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from tuner.encoders.checkpoint import positive, read_json, tower_config, weight_files
 from tuner.encoders.family import PREPROCESSOR, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
-from tuner.errors import DataError, EncoderError
-
-if TYPE_CHECKING:
-    import torch
-
-    from tuner.encoders.base import AudioEncoder
+from tuner.errors import EncoderError
 
 WHOLE, TOWER = "clap", "clap_audio_model"
 PREFIXES = {WHOLE: ("audio_model.audio_encoder.",), TOWER: ("audio_model.audio_encoder.", "audio_encoder.")}
 SAMPLING_RATE = 48_000  # Hz
-# What the nested configuration of a whole model may leave out: the defaults of transformers.
+# What the nested configuration of a whole model may omit: the defaults of transformers.
 DEFAULTS = {
     "depths": [2, 2, 6, 2],
     "enable_fusion": False,
@@ -61,6 +53,7 @@ _SUFFIXES = {
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
+READERS = ("query", "key", "value")  # of the block's input
 ALIASES = {
     "q_proj": ("query",),
     "k_proj": ("key",),
@@ -80,7 +73,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     """
     folder = source.folder
     if source.ref.pad_to_30s:
-        raise EncoderError(f"{source.ref.source}: a clip always fills the window of CLAP; leave pad_to_30s out")
+        raise EncoderError(f"{source.ref.source}: a clip always fills the window of CLAP; drop pad_to_30s")
     config = tower_config(source.config, DEFAULTS)
     if config["enable_fusion"]:
         raise EncoderError(
@@ -88,7 +81,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
             "use a checkpoint without fusion, such as laion/clap-htsat-unfused"
         )
     mels, size = positive(config, "num_mel_bins", folder), positive(config, "spec_size", folder)
-    extractor = _read_preprocessor(folder / PREPROCESSOR, mels)
+    extractor = read_preprocessor(folder / PREPROCESSOR, mels)
     frames = extractor["max_length_s"] * SAMPLING_RATE // extractor["hop_length"] + 1
     if frames > size * (size // mels):
         raise EncoderError(
@@ -108,35 +101,6 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     )
 
 
-class ClapFeatures:
-    """Log-mel spectrum of the whole window that a clip fills, by the checkpoint's own front end."""
-
-    def __init__(self, spec: EncoderSpec) -> None:
-        from transformers import ClapFeatureExtractor
-
-        self.spec = spec
-        config = _read_preprocessor(spec.folder / PREPROCESSOR, spec.feature_channels)
-        self.extractor: Any = ClapFeatureExtractor.from_dict(config)
-
-    def extract(self, waveform: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
-        """Log-mel levels in dB [C, F] of mono samples [S] at 48 kHz, and F: all frames of the window are the clip's.
-
-        Raises:
-            DataError: the clip is empty, not mono, or longer than the window.
-        """
-        if waveform.ndim != 1 or not waveform.size:
-            raise DataError(f"a clip must be mono and not empty, but this one has shape {waveform.shape}")
-        # The extractor would go on with a random part of it.
-        if waveform.size > self.extractor.nb_max_samples:
-            raise DataError(
-                f"a clip of {waveform.size / SAMPLING_RATE:.1f} s is longer than the encoder's "
-                f"{self.spec.max_seconds:g} s; cut it"
-            )
-        output = self.extractor(waveform, sampling_rate=SAMPLING_RATE)
-        features: NDArray[np.float32] = np.ascontiguousarray(output["input_features"][0][0].T, dtype=np.float32)
-        return features, features.shape[1]
-
-
 def _stages(config: Mapping[str, Any], folder: Path) -> tuple[Stage, ...]:
     first, window = positive(config, "patch_embeds_hidden_size", folder), positive(config, "window_size", folder)
     stages = []
@@ -150,7 +114,8 @@ def _stages(config: Mapping[str, Any], folder: Path) -> tuple[Stage, ...]:
                 layers=layers,
                 width=width,
                 targets={
-                    name: LinearTarget(suffix, *sizes.get(name, (width, width))) for name, suffix in _SUFFIXES.items()
+                    name: LinearTarget(suffix, *sizes.get(name, (width, width)), name in READERS)
+                    for name, suffix in _SUFFIXES.items()
                 },
                 aliases=ALIASES,
                 windows=(MERGING,) if index else (),
@@ -192,7 +157,12 @@ def _tower_path(source: EncoderSource) -> str:
     return "audio_encoder" if bare else "audio_model.audio_encoder"
 
 
-def _read_preprocessor(path: Path, mels: int) -> dict[str, Any]:
+def read_preprocessor(path: Path, mels: int) -> dict[str, Any]:
+    """Configuration of the front end.
+
+    Raises:
+        EncoderError: it is missing, or contradicts the encoder.
+    """
     if not path.is_file():
         raise EncoderError(f"{path}: is missing, and it alone says how a clip fills the window; fetch it too")
     config: dict[str, Any] = _EXTRACTOR_DEFAULTS | read_json(path)
@@ -205,13 +175,7 @@ def _read_preprocessor(path: Path, mels: int) -> dict[str, Any]:
     return config
 
 
-def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    from tuner.encoders.clap.tower import load_clap
-
-    return load_clap(spec, dtype, device)
-
-
 FAMILIES = tuple(
-    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=ClapFeatures)
+    Family(model_type=name, prefixes=prefixes, inspect=inspect, tower="clap", features="clap")
     for name, prefixes in PREFIXES.items()
 )

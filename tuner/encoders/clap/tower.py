@@ -16,12 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import ClapAudioConfig
+from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
 from tuner.encoders.base import AudioEncoder, Hidden
-from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
+from tuner.encoders.checkpoint import read_json, tower_config
 from tuner.encoders.clap.facts import DEFAULTS, PREFIXES
 from tuner.encoders.packed import Packing
 from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.weights import load_strictly, read_tensors
 
 # The tower is frozen: its own dropout would only add noise to features that every adapter shares.
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
@@ -36,7 +39,7 @@ class HtsatEncoder(AudioEncoder):
 
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
         """States BTD before block 0: patches of the folded picture, row by row."""
-        tower: Any = self.tower
+        tower: Any = self.model
         norm = tower.batch_norm
         # By the running statistics even in `train()`: the module itself would take those of the batch, and learn them.
         level_BCF = F.batch_norm(
@@ -46,7 +49,7 @@ class HtsatEncoder(AudioEncoder):
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`, whose windows of attention lie in the picture of one clip each."""
-        tower: Any = self.tower
+        tower: Any = self.model
         stage = self.spec.stage_at(index)
         layer = tower.layers[stage].blocks[index - self.spec.first_block(stage)]
         (hidden_BTD,) = layer(_by_clip(hidden_ND, packing), tower.input_resolutions[stage])
@@ -54,7 +57,7 @@ class HtsatEncoder(AudioEncoder):
 
     def enter_stage(self, stage: int, hidden: Hidden) -> Hidden:
         """Neighbours merged two by two, at twice the width."""
-        tower: Any = self.tower
+        tower: Any = self.model
         states_BTD = _by_clip(hidden.states_ND, hidden.packing)
         merged_BTD = tower.layers[stage - 1].downsample(states_BTD, tower.input_resolutions[stage - 1])
         clips, tokens, _ = merged_BTD.shape
@@ -63,7 +66,7 @@ class HtsatEncoder(AudioEncoder):
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
         """The final layer norm."""
-        tower: Any = self.tower
+        tower: Any = self.model
         return cast(Tensor, tower.norm(hidden_ND)), list(packing.lengths)
 
 
@@ -78,9 +81,6 @@ def load_clap(spec: EncoderSpec, dtype: torch.dtype, device: str) -> HtsatEncode
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    from transformers import ClapAudioConfig
-    from transformers.models.clap.modeling_clap import ClapAudioEncoder
-
     config = ClapAudioConfig(**(tower_config(read_json(spec.folder / "config.json"), DEFAULTS) | NO_DROPOUT))
     build: Any = ClapAudioEncoder
     with torch.device("meta"):

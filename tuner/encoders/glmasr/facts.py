@@ -1,4 +1,4 @@
-"""The audio tower of GLM-ASR: Whisper's convolutions, rotary positions in the blocks. No torch at import.
+"""The audio tower of GLM-ASR: Whisper's convolutions, rotary positions in the blocks. No torch here.
 
 The original pads the clips of a batch to the longest and lets the padding attend, so what it gives for a clip depends
 on its neighbors. Here every clip is truncated to itself, and the convolutions see silence behind it. The tower comes
@@ -8,23 +8,17 @@ inside the whole model (`glmasr`), of which nothing but the tower is read, or as
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from tuner.encoders.checkpoint import tower_config, weight_files
 from tuner.encoders.family import TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget
-from tuner.encoders.whisper.facts import LARGE_SIZES, WhisperFeatures, in_whisper_names, whisper_spec
+from tuner.encoders.whisper.facts import LARGE_SIZES, READERS, in_whisper_names, whisper_spec
 from tuner.errors import EncoderError
-
-if TYPE_CHECKING:
-    import torch
-
-    from tuner.encoders.base import AudioEncoder
 
 WHOLE, TOWER = "glmasr", "glmasr_encoder"
 PREFIXES = {WHOLE: TOWER_PREFIXES, TOWER: ("",)}
 TOWER_PATHS = {WHOLE: TOWER_PATH, TOWER: ""}
-# The nested configuration of a whole model may leave out what equals the defaults: the sizes of GLM-ASR-Nano.
+# The nested configuration of a whole model may omit what equals the defaults: the sizes of GLM-ASR-Nano.
 DEFAULTS = LARGE_SIZES | {"max_position_embeddings": 1500}
 _SUFFIXES = {
     "q_proj": "self_attn.q_proj",
@@ -51,7 +45,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
         EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
     """
     if source.ref.pad_to_30s:
-        raise EncoderError(f"{source.ref.source}: GLM-ASR has no 30 s window to pad to; leave pad_to_30s out")
+        raise EncoderError(f"{source.ref.source}: GLM-ASR has no 30 s window to pad to; drop pad_to_30s")
     config = tower_config(source.config, DEFAULTS)
     if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
         raise EncoderError(
@@ -64,17 +58,14 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     (stage,) = spec.stages
     width, wide = stage.width, stage.targets["fc1"].out_features
     sizes = {"fc1": (width, wide), "fc2": (wide, width)}
-    targets = {name: LinearTarget(suffix, *sizes.get(name, (width, width))) for name, suffix in _SUFFIXES.items()}
+    targets = {
+        name: LinearTarget(suffix, *sizes.get(name, (width, width)), name in READERS)
+        for name, suffix in _SUFFIXES.items()
+    }
     return replace(spec, stages=(replace(stage, targets=targets, aliases=_ALIASES),))
 
 
-def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    from tuner.encoders.glmasr.tower import load_glmasr
-
-    return load_glmasr(spec, dtype, device)
-
-
 FAMILIES = tuple(
-    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=WhisperFeatures)
+    Family(model_type=name, prefixes=prefixes, inspect=inspect, tower="glmasr", features="log_mel")
     for name, prefixes in PREFIXES.items()
 )

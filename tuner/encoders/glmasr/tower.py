@@ -9,11 +9,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import GlmAsrEncoderConfig
+from transformers.models.glmasr.modeling_glmasr import GlmAsrEncoder, GlmAsrRotaryEmbedding
 
-from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
+from tuner.encoders.checkpoint import read_json, tower_config
 from tuner.encoders.glmasr.facts import DEFAULTS, PREFIXES
-from tuner.encoders.packed import Packing, Rotation, empty_tower
+from tuner.encoders.packed import Packing, Rotation, empty_model
 from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.weights import load_strictly, read_tensors
 from tuner.encoders.whisper.tower import WhisperAudioEncoder
 
 
@@ -30,14 +33,14 @@ class GlmAsrTower(WhisperAudioEncoder):
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
-        tower: Any = self.tower
+        tower: Any = self.model
         layer = tower.layers[index]
         rotation = self._rotation.of(packing, hidden_ND)
         return cast(Tensor, layer(hidden_ND[None], position_embeddings=rotation, attention_mask=packing)[0])
 
     def final_norm(self, tokens_ND: Tensor) -> Tensor:
         """The last layer norm."""
-        tower: Any = self.tower
+        tower: Any = self.model
         return cast(Tensor, tower.norm(tokens_ND))
 
 
@@ -47,12 +50,9 @@ def load_glmasr(spec: EncoderSpec, dtype: torch.dtype, device: str) -> GlmAsrTow
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    from transformers import GlmAsrEncoderConfig
-    from transformers.models.glmasr.modeling_glmasr import GlmAsrEncoder, GlmAsrRotaryEmbedding
-
     fields = tower_config(read_json(spec.folder / "config.json"), DEFAULTS) | {"attention_dropout": 0.0}
     config: Any = GlmAsrEncoderConfig(**fields)
-    tower: Any = empty_tower(GlmAsrEncoder, config)
+    tower: Any = empty_model(GlmAsrEncoder, config)
     load_strictly(tower, read_tensors(spec.folder, PREFIXES[spec.family], dtype, device), spec.folder)
     # Its frequencies are computed, not read, so they are still on the meta device.
     tower.rotary_emb = GlmAsrRotaryEmbedding(config).to(device)

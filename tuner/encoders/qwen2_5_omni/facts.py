@@ -9,19 +9,14 @@ its thinker (`qwen2_5_omni_thinker`), of which nothing but the tower is read, or
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tuner.encoders.checkpoint import tower_config, weight_files
 from tuner.encoders.family import EncoderSource, Family
 from tuner.encoders.qwen2_audio.facts import DEFAULTS, PAIRS
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper.facts import WhisperFeatures, whisper_spec
+from tuner.encoders.whisper.facts import whisper_spec
 from tuner.errors import EncoderError
-
-if TYPE_CHECKING:
-    import torch
-
-    from tuner.encoders.base import AudioEncoder
 
 PREFIXES = {
     "qwen2_5_omni": ("thinker.audio_tower.", "thinker.model.audio_tower."),
@@ -47,18 +42,12 @@ def inspect(source: EncoderSource) -> EncoderSpec:
         EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
     """
     if source.ref.pad_to_30s:
-        raise EncoderError(f"{source.ref.source}: Qwen2.5-Omni has no 30 s window to pad to; leave pad_to_30s out")
+        raise EncoderError(f"{source.ref.source}: Qwen2.5-Omni has no 30 s window to pad to; drop pad_to_30s")
     weights = weight_files(source.folder, PREFIXES[source.model_type])
     return whisper_spec(source, omni_config(source.config), weights, TOWER_PATHS[source.model_type], (PAIRS,))
 
 
-def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    from tuner.encoders.qwen2_5_omni.tower import load_omni
-
-    return load_omni(spec, dtype, device)
-
-
 FAMILIES = tuple(
-    Family(model_type=name, prefixes=prefixes, inspect=inspect, load=_load, load_features=WhisperFeatures)
+    Family(model_type=name, prefixes=prefixes, inspect=inspect, tower="qwen2_5_omni", features="log_mel")
     for name, prefixes in PREFIXES.items()
 )

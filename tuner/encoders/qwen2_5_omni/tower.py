@@ -4,7 +4,7 @@ Shapes: B clips, C mel bins, F frames, K windows of a clip, T tokens of the long
 width.
 
 What comes out are the states behind the last layer norm, of width D. The tower's own `proj` into the space of the
-language model is left out, as Qwen2-Audio's projector is: a head of the adapter's own takes its place.
+language model is omitted, as Qwen2-Audio's projector is: the adapter's own head takes its place.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniAudioEncoder,
+    SinusoidsPositionEmbedding,
+)
 
-from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors
-from tuner.encoders.packed import Packing, empty_tower
+from tuner.encoders.checkpoint import read_json
+from tuner.encoders.packed import Packing, empty_model
 from tuner.encoders.qwen2_5_omni.facts import PREFIXES, omni_config
 from tuner.encoders.qwen2_audio.tower import Qwen2AudioTower
 from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.weights import load_strictly, read_tensors
 from tuner.encoders.whisper.facts import STRIDE
 from tuner.encoders.whisper.tower import NO_DROPOUT
 
@@ -30,11 +36,11 @@ class OmniTower(Qwen2AudioTower):
 
     @property
     def _window(self) -> int:
-        tower: Any = self.tower
+        tower: Any = self.model
         return int(tower.n_window)  # tokens
 
     def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
-        """The packing of clips with these `sequence_lengths`; their windows attend apart."""
+        """The packing of clips of so many tokens each; their windows attend apart."""
         return Packing(lengths, self.dtype, self.device, self._window)
 
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
@@ -44,19 +50,19 @@ class OmniTower(Qwen2AudioTower):
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
-        tower: Any = self.tower
+        tower: Any = self.model
         # One span for the layer, which would call attention once a window; the packing knows the windows.
         whole = torch.tensor([0, len(hidden_ND)])
         return cast(Tensor, tower.layers[index](hidden_ND, cu_seqlens=whole, packing=packing)[0])
 
     def final_norm(self, tokens_ND: Tensor) -> Tensor:
         """The last layer norm."""
-        tower: Any = self.tower
+        tower: Any = self.model
         return cast(Tensor, tower.ln_post(tokens_ND))
 
     def _stem_alone(self, clip_CF: Tensor) -> Tensor:
         """States TD of one clip's real frames, window by window."""
-        tower: Any = self.tower
+        tower: Any = self.model
         channels, frames = clip_CF.shape
         span = STRIDE * self._window
         padded_CF = F.pad(clip_CF, (0, -frames % span))
@@ -75,15 +81,9 @@ def load_omni(spec: EncoderSpec, dtype: torch.dtype, device: str) -> OmniTower:
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniAudioEncoderConfig
-    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
-        Qwen2_5OmniAudioEncoder,
-        SinusoidsPositionEmbedding,
-    )
-
     fields = omni_config(read_json(spec.folder / "config.json"))
     config = Qwen2_5OmniAudioEncoderConfig(**(fields | NO_DROPOUT))
-    tower: Any = empty_tower(Qwen2_5OmniAudioEncoder, config)
+    tower: Any = empty_model(Qwen2_5OmniAudioEncoder, config)
     load_strictly(tower, read_tensors(spec.folder, PREFIXES[spec.family], dtype, device), spec.folder)
     # Its sinusoids are computed, not read, so they are still on the meta device.
     sinusoids: Any = SinusoidsPositionEmbedding

@@ -14,18 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tuner.encoders.checkpoint import fingerprint, positive, tower_config, weight_files
 from tuner.encoders.family import PREPROCESSOR, TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
-from tuner.encoders.whisper.facts import WhisperFeatures, whisper_spec
+from tuner.encoders.whisper.facts import READERS, whisper_spec
 from tuner.errors import EncoderError
-
-if TYPE_CHECKING:
-    import torch
-
-    from tuner.encoders.base import AudioEncoder
 
 WHOLE, TOWER = "qwen2_audio", "qwen2_audio_encoder"
 PREFIXES = {WHOLE: TOWER_PREFIXES, TOWER: ("",)}
@@ -38,7 +33,7 @@ PARTS = {
     "language_model.norm.": ("language_model.model.norm.", "model.language_model.norm."),
 }
 PAIRS = Window(kernel=2, stride=2, padding=0)
-# The nested configuration of a whole model may leave out what equals the defaults: the sizes of Qwen2-Audio-7B.
+# The nested configuration of a whole model may omit what equals the defaults: the sizes of Qwen2-Audio-7B.
 DEFAULTS = {
     "num_mel_bins": 128,
     "encoder_layers": 32,
@@ -75,7 +70,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     if source.ref.pad_to_30s:
         raise EncoderError(
             f"{source.ref.source}: Qwen2-Audio masks what lies behind a clip, so padding to 30 s gives the same "
-            "embeddings for more work; leave pad_to_30s out"
+            "embeddings for more work; drop pad_to_30s"
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
     config, path = tower_config(source.config, DEFAULTS), TOWER_PATHS[source.model_type]
@@ -111,7 +106,7 @@ def _language_model_stage(source: EncoderSource) -> Stage:
     if config.get("model_type", "qwen2") != "qwen2" or config.get("use_sliding_window"):
         raise EncoderError(
             f"{folder}: text_config in config.json asks for a language model other than Qwen2 with full attention, "
-            "which this program does not run; leave --path out to use the audio tower alone"
+            "which this program does not run; use path audio_tower"
         )
     width, wide = positive(config, "hidden_size", folder), positive(config, "intermediate_size", folder)
     heads = positive(config, "num_attention_heads", folder)
@@ -130,21 +125,15 @@ def _language_model_stage(source: EncoderSource) -> Stage:
         block_path="language_model.layers.{}",
         layers=positive(config, "num_hidden_layers", folder),
         width=width,
-        targets={suffix.partition(".")[2]: LinearTarget(suffix, *size) for suffix, size in sizes.items()},
+        targets={
+            name: LinearTarget(suffix, *size, name in READERS)
+            for suffix, size in sizes.items()
+            for name in [suffix.partition(".")[2]]
+        },
         aliases=TEXT_ALIASES,
         windows=(PAIRS,),
         part="language_model",
     )
-
-
-def _load(spec: EncoderSpec, dtype: torch.dtype, device: str) -> AudioEncoder:
-    if spec.tower_alone:
-        from tuner.encoders.qwen2_audio.full_forward import load_full_forward
-
-        return load_full_forward(spec, dtype, device)
-    from tuner.encoders.qwen2_audio.tower import load_qwen2_audio
-
-    return load_qwen2_audio(spec, dtype, device)
 
 
 FAMILIES = (
@@ -152,10 +141,10 @@ FAMILIES = (
         model_type=WHOLE,
         prefixes=PREFIXES[WHOLE],
         inspect=inspect,
-        load=_load,
-        load_features=WhisperFeatures,
+        tower="qwen2_audio",
+        features="log_mel",
         paths=("audio_tower", "full_forward"),
         behind_tower=tuple(prefixes for prefixes in PARTS.values() if prefixes != PREFIXES[WHOLE]),
     ),
-    Family(model_type=TOWER, prefixes=PREFIXES[TOWER], inspect=inspect, load=_load, load_features=WhisperFeatures),
+    Family(model_type=TOWER, prefixes=PREFIXES[TOWER], inspect=inspect, tower="qwen2_audio", features="log_mel"),
 )

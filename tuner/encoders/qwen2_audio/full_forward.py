@@ -16,13 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import Qwen2AudioConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioModel
 
 from tuner.encoders.base import AudioEncoder, Hidden
-from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
-from tuner.encoders.packed import Packing, Rotation, empty_tower
+from tuner.encoders.checkpoint import read_json, tower_config
+from tuner.encoders.packed import Packing, Rotation, empty_model
 from tuner.encoders.qwen2_audio.facts import DEFAULTS, PARTS, text_config
 from tuner.encoders.qwen2_audio.tower import Qwen2AudioTower
 from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.weights import load_strictly, read_tensors
 from tuner.encoders.whisper.tower import NO_DROPOUT
 
 LANGUAGE_MODEL = 1  # stage
@@ -52,7 +56,7 @@ class Qwen2AudioFullForward(AudioEncoder):
         return self._audio.stem(features_BCF, frames_B)
 
     def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
-        """The packing of clips with these `sequence_lengths`, causal in the language model."""
+        """The packing of clips of so many tokens each, causal in the language model."""
         causal = self.spec.stage_at(depth) == LANGUAGE_MODEL
         return Packing(lengths, self.dtype, self.device, causal=causal)
 
@@ -61,14 +65,14 @@ class Qwen2AudioFullForward(AudioEncoder):
         first = self.spec.first_block(LANGUAGE_MODEL)
         if index < first:
             return self._audio.block(index, hidden_ND, packing)
-        model: Any = self.tower
+        model: Any = self.model
         layer = model.language_model.layers[index - first]
         rotation = self._rotation.of(packing, hidden_ND)
         return cast(Tensor, layer(hidden_ND[None], attention_mask=packing, position_embeddings=rotation)[0])
 
     def enter_stage(self, stage: int, hidden: Hidden) -> Hidden:
         """The tower's output, projected into the space of words."""
-        model: Any = self.tower
+        model: Any = self.model
         pairs_PD, lengths = self._audio.finish(hidden.states_ND, hidden.packing, hidden.frames_B)
         projected_PD = model.multi_modal_projector(pairs_PD)
         packing = self.packing(lengths, self.spec.first_block(stage))
@@ -76,18 +80,15 @@ class Qwen2AudioFullForward(AudioEncoder):
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
         """The final norm of the language model."""
-        model: Any = self.tower
+        model: Any = self.model
         return model.language_model.norm(hidden_ND[: packing.tokens]), list(packing.lengths)
 
 
-def empty_model(config: dict[str, Any]) -> nn.Module:
+def empty_qwen2_audio(config: dict[str, Any]) -> nn.Module:
     """Transformers' Qwen2AudioModel on the meta device, without word embeddings, from a parsed `config.json`."""
-    from transformers import Qwen2AudioConfig
-    from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioModel
-
     audio = tower_config(config, DEFAULTS) | {"model_type": "qwen2_audio_encoder"} | NO_DROPOUT
     text = text_config(config) | {"model_type": "qwen2", "attention_dropout": 0.0}
-    model: Any = empty_tower(Qwen2AudioModel, Qwen2AudioConfig(audio_config=audio, text_config=text))
+    model: Any = empty_model(Qwen2AudioModel, Qwen2AudioConfig(audio_config=audio, text_config=text))
     model.language_model.embed_tokens = None
     return cast(nn.Module, model)
 
@@ -98,9 +99,7 @@ def load_full_forward(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Qwe
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    model: Any = empty_model(read_json(spec.folder / "config.json"))
+    model: Any = empty_qwen2_audio(read_json(spec.folder / "config.json"))
     tensors = {
         part + name: tensor
         for part, prefixes in PARTS.items()

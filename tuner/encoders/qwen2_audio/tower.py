@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import Qwen2AudioEncoderConfig
+from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors, tower_config
-from tuner.encoders.packed import Packing, empty_tower
-from tuner.encoders.qwen2_audio.facts import DEFAULTS, PREFIXES
+from tuner.encoders.checkpoint import read_json, tower_config
+from tuner.encoders.packed import Packing, empty_model
+from tuner.encoders.qwen2_audio.facts import DEFAULTS, PAIRS, PREFIXES
 from tuner.encoders.spec import EncoderSpec
+from tuner.encoders.weights import load_strictly, read_tensors
 from tuner.encoders.whisper.tower import NO_DROPOUT, WhisperAudioEncoder
 
 
@@ -22,11 +25,11 @@ class Qwen2AudioTower(WhisperAudioEncoder):
     """Transformers' Qwen2AudioEncoder behind the surface of `AudioEncoder`."""
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
-        """Means of neighboring tokens, then the final layer norm; a last token without a neighbor is left out."""
-        pairs = self.token_lengths(frames_B).tolist()
+        """Means of neighboring tokens, then the final layer norm; a last token without a neighbor is dropped."""
+        pairs = [self.spec.token_length(frames) for frames in frames_B.tolist()]
         clips = zip(packing.split(hidden_ND), pairs, strict=True)
-        paired_ND = torch.cat([tokens_TD[: 2 * count] for tokens_TD, count in clips])
-        mean_PD = paired_ND.reshape(-1, 2, paired_ND.shape[1]).mean(dim=1)
+        paired_ND = torch.cat([tokens_TD[: PAIRS.stride * count] for tokens_TD, count in clips])
+        mean_PD = paired_ND.reshape(-1, PAIRS.stride, paired_ND.shape[1]).mean(dim=1)
         return self.final_norm(mean_PD), pairs
 
 
@@ -36,10 +39,7 @@ def load_qwen2_audio(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Qwen
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    from transformers import Qwen2AudioEncoderConfig
-    from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
-
     config = tower_config(read_json(spec.folder / "config.json"), DEFAULTS)
-    tower = empty_tower(Qwen2AudioEncoder, Qwen2AudioEncoderConfig(**(config | NO_DROPOUT)))
+    tower = empty_model(Qwen2AudioEncoder, Qwen2AudioEncoderConfig(**(config | NO_DROPOUT)))
     load_strictly(tower, read_tensors(spec.folder, PREFIXES[spec.family], dtype, device), spec.folder)
     return Qwen2AudioTower(spec, tower).eval()

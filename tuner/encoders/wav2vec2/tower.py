@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2Model
 
 from tuner.encoders.base import AudioEncoder
-from tuner.encoders.checkpoint import load_strictly, read_json, read_tensors
-from tuner.encoders.packed import Packing, empty_tower
+from tuner.encoders.checkpoint import read_json
+from tuner.encoders.packed import Packing, empty_model
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.wav2vec2.facts import PREFIXES
+from tuner.encoders.weights import load_strictly, read_tensors
 
 # oneDNN keeps memory for every length that a convolution has met: clips are rounded up to half seconds.
 LENGTH_MULTIPLE = 8000
@@ -64,34 +66,34 @@ class WaveformEncoder(AudioEncoder):
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
-        tower: Any = self.tower
+        tower: Any = self.model
         return cast(Tensor, tower.encoder.layers[index](hidden_ND[None], attention_mask=packing)[0])
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
         """The final layer norm of the models that have one there (the large ones)."""
-        tower: Any = self.tower
+        tower: Any = self.model
         real_ND = hidden_ND[: packing.tokens]
         return (tower.encoder.layer_norm(real_ND) if self._norm_comes_last else real_ND), list(packing.lengths)
 
     @property
     def _norm_comes_last(self) -> bool:
-        tower: Any = self.tower
+        tower: Any = self.model
         return bool(tower.config.do_stable_layer_norm)
 
     def _stem_alone(self, clip_S: Tensor) -> Tensor:
         """States TD of one clip. What lies behind the clip is there for its round length and never looked at."""
-        tower: Any = self.tower
-        length = len(clip_S)
-        hidden_1CF = F.pad(clip_S, (0, -length % LENGTH_MULTIPLE))[None, None]
-        for layer, window in zip(tower.feature_extractor.conv_layers, self.spec.stem_windows, strict=True):
-            length = window.outputs(length)
+        tower: Any = self.model
+        hidden_1CF = F.pad(clip_S, (0, -len(clip_S) % LENGTH_MULTIPLE))[None, None]
+        lengths = self.spec.stem_lengths(len(clip_S))
+        for layer, length in zip(tower.feature_extractor.conv_layers, lengths, strict=True):
             hidden_1CF = _convolve(layer, hidden_1CF, length)
         projected = tower.feature_projection(hidden_1CF.transpose(1, 2))
         # wav2vec 2.0 also returns what it quantises.
         hidden_1TD = projected[0] if isinstance(projected, tuple) else projected
+        tokens = lengths[-1]
         # The positional convolution must meet zeros behind the clip, as at the end of a clip alone.
-        hidden_1TD = torch.cat([hidden_1TD[:, :length], torch.zeros_like(hidden_1TD[:, length:])], dim=1)
-        hidden_TD = (hidden_1TD + tower.encoder.pos_conv_embed(hidden_1TD))[0, :length]
+        hidden_1TD = torch.cat([hidden_1TD[:, :tokens], torch.zeros_like(hidden_1TD[:, tokens:])], dim=1)
+        hidden_TD = (hidden_1TD + tower.encoder.pos_conv_embed(hidden_1TD))[0, :tokens]
         return hidden_TD if self._norm_comes_last else cast(Tensor, tower.encoder.layer_norm(hidden_TD))
 
 
@@ -111,13 +113,11 @@ def load_wav2vec2(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Wavefor
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    from transformers import HubertConfig, HubertModel, Wav2Vec2Config, Wav2Vec2Model
-
     config_class, tower_class = {
         "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
         "hubert": (HubertConfig, HubertModel),
     }[spec.family]
-    tower = empty_tower(tower_class, frozen_config(spec, config_class))
+    tower = empty_model(tower_class, frozen_config(spec, config_class))
     fill_tower(tower, spec, dtype, device)
     return WaveformEncoder(spec, tower).eval()
 
@@ -136,6 +136,6 @@ def fill_tower(tower: Any, spec: EncoderSpec, dtype: torch.dtype, device: str) -
     tensors = read_tensors(spec.folder, PREFIXES[spec.family], dtype, device)
     tensors.pop(_MASK_EMBEDDING, None)
     load_strictly(tower, {_RENAMED.get(name, name): tensor for name, tensor in tensors.items()}, spec.folder)
-    # The frozen weight as it is, instead of the product of the weight norm anew for every clip.
+    # The frozen weight as it is, instead of the product of the weight norm again for every clip.
     parametrize.remove_parametrizations(tower.encoder.pos_conv_embed.conv, "weight")
     tower.requires_grad_(False)

@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import WavLMConfig, WavLMModel
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from tuner.encoders.packed import Group, Packing, empty_tower, packed_attention, padded
+from tuner.encoders.packed import Group, Packing, empty_model, packed_attention, padded
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.wav2vec2.tower import WaveformEncoder, fill_tower, frozen_config
 
@@ -59,7 +60,7 @@ class WavLMEncoder(WaveformEncoder):
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
-        tower: Any = self.tower
+        tower: Any = self.model
         position_bias = self._position_bias(max(packing.lengths))
         layer = tower.encoder.layers[index]
         return cast(Tensor, layer(hidden_ND[None], attention_mask=packing, position_bias=position_bias)[0][0])
@@ -67,7 +68,7 @@ class WavLMEncoder(WaveformEncoder):
     def _position_bias(self, width: int) -> Tensor:
         """Bias HTT by distance, which all blocks share. Distances do not depend on T: a shorter one is a corner."""
         if self._widest_bias_HTT is None or self._widest_bias_HTT.shape[1] < width:
-            tower: Any = self.tower
+            tower: Any = self.model
             with torch.no_grad():
                 self._widest_bias_HTT = tower.encoder.layers[0].attention.compute_bias(width, width)
         return self._widest_bias_HTT
@@ -79,10 +80,8 @@ def load_wavlm(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WavLMEncod
     Raises:
         EncoderError: the weights are damaged or do not fit the configuration.
     """
-    from transformers import WavLMConfig, WavLMModel
-
     config = frozen_config(spec, WavLMConfig)
-    tower: Any = empty_tower(WavLMModel, config)
+    tower: Any = empty_model(WavLMModel, config)
     with torch.device("meta"):
         for index, layer in enumerate(tower.encoder.layers):
             layer.attention = PackedWavLMAttention(

@@ -2,10 +2,9 @@
 
 Shapes: B clips, C mel bins, F frames, T tokens of the longest clip, N tokens of all clips, D width.
 
-Truncated, a clip of L real frames gives T = (L - 1) // 2 + 1 tokens from frames [0, 2T + 1): the second convolution
-sees what the first makes of silence there, as it does inside a 30 s window, and attention stops at T. This is exact
-for the clip (alone or in any batch), but another model than the original, whose padding attends: that one is
-`pad_to_30s`.
+Truncated, a clip gives the tokens of its real frames: the second convolution sees what the first makes of the silence
+behind them, as it does inside a 30 s window, and attention stops at the last one. This is exact for the clip (alone or
+in any batch), but another model than the original, whose padding attends: that one is `pad_to_30s`.
 """
 
 from __future__ import annotations
@@ -18,13 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tuner.encoders import ctranslate2
 from tuner.encoders.base import AudioEncoder
-from tuner.encoders.checkpoint import load_strictly, read_tensors
-from tuner.encoders.packed import Packing, empty_tower
+from tuner.encoders.packed import Packing, empty_model
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.whisper.facts import PREFIXES, STRIDE, encoder_config, silence_level
+from tuner.encoders.weights import load_strictly, read_tensors
+from tuner.encoders.whisper.facts import PREFIXES, encoder_config
+from tuner.encoders.whisper.features import silence_level
 
 # The tower is frozen: its own dropout would only add noise to features that every adapter shares.
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0}
@@ -47,12 +49,12 @@ class WhisperAudioEncoder(AudioEncoder):
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
         """States BTD before block 0; T is that of the longest clip, or of 30 s where the encoder pads.
 
-        `features_BCF` needs frames [0, 2T + 1) of the longest clip, as `WhisperFeatures` makes them; a padding encoder
+        `features_BCF` needs the frames that are read for T tokens, as `WhisperFeatures` makes them; a padding encoder
         continues each clip to 30 s with its own silence.
         """
-        tower: Any = self.tower
-        tokens = int(self.sequence_lengths(frames_B).max())
-        needed = min(STRIDE * tokens + 1, self.spec.max_frames)
+        tower: Any = self.model
+        tokens = max(self.spec.sequence_length(frames) for frames in frames_B.tolist())
+        needed = self.spec.frames_read(tokens)
         if features_BCF.shape[2] < needed and self.spec.pad_to_30s:
             features_BCF = self._continue_with_silence(features_BCF)
         assert features_BCF.shape[2] >= needed, f"{features_BCF.shape[2]} frames given, {needed} needed"
@@ -61,24 +63,24 @@ class WhisperAudioEncoder(AudioEncoder):
         return self.add_positions(hidden_BTD)
 
     def add_positions(self, hidden_BTD: Tensor) -> Tensor:
-        """The convolved states with what tells tokens apart."""
-        tower: Any = self.tower
+        """The convolved states plus their positions."""
+        tower: Any = self.model
         return cast(Tensor, hidden_BTD + tower.embed_positions.weight[: hidden_BTD.shape[1]])
 
     def final_norm(self, tokens_ND: Tensor) -> Tensor:
         """The last layer norm."""
-        tower: Any = self.tower
+        tower: Any = self.model
         return cast(Tensor, tower.layer_norm(tokens_ND))
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
-        tower: Any = self.tower
+        tower: Any = self.model
         # The layer hands its mask on to `packed_attention` unread.
         return cast(Tensor, tower.layers[index](hidden_ND[None], packing)[0])
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
         """The final layer norm; of a clip padded to 30 s only its real tokens go on to pooling."""
-        lengths = self.token_lengths(frames_B).tolist()
+        lengths = [self.spec.token_length(frames) for frames in frames_B.tolist()]
         clips = zip(packing.split(hidden_ND), lengths, strict=True)
         real_ND = torch.cat([tokens_TD[:length] for tokens_TD, length in clips])
         return self.final_norm(real_ND), lengths
@@ -95,10 +97,7 @@ def load_whisper(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WhisperA
     Raises:
         EncoderError: the weights are damaged, quantised or do not fit the configuration.
     """
-    from transformers import WhisperConfig
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-    tower = empty_tower(WhisperEncoder, WhisperConfig(**(encoder_config(spec.folder, spec.checkpoint) | NO_DROPOUT)))
+    tower = empty_model(WhisperEncoder, WhisperConfig(**(encoder_config(spec.folder, spec.checkpoint) | NO_DROPOUT)))
     if spec.checkpoint == "ctranslate2":
         arrays = ctranslate2.read_whisper_encoder(spec.folder / ctranslate2.FILE_NAME)
         tensors = {name: torch.from_numpy(array).to(device, dtype) for name, array in arrays.items()}
