@@ -232,15 +232,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"head.layers.2.bias.*\[9\]",
     ),
     "no card": (lambda folder: (folder / CARD_FILE).unlink(), "has no card.json"),
-    "cut card": (cut(CARD_FILE), "card.json: damaged"),
-    "card is a list": (lambda folder: (folder / CARD_FILE).write_text("[]"), "card.json: damaged"),
-    "card field missing": (rewrite_card(lambda c: c.pop("precision")), "card.json: damaged.*precision"),
-    "card field unknown": (rewrite_card(lambda c: c.update(extra=1)), "card.json: damaged.*extra"),
+    "cut card": (cut(CARD_FILE), "card.json: is damaged"),
+    "card is a list": (lambda folder: (folder / CARD_FILE).write_text("[]"), "card.json: is damaged"),
+    "card field missing": (rewrite_card(lambda c: c.pop("precision")), "card.json: is damaged.*precision"),
+    "card field unknown": (rewrite_card(lambda c: c.update(extra=1)), "card.json: is damaged.*extra"),
     "card configuration wrong": (
         rewrite_card(lambda c: c["config"]["lora"].update(rank=0)),
-        "card.json: damaged.*lora.rank",
+        "card.json: is damaged.*lora.rank",
     ),
-    "card of another version": (rewrite_card(lambda c: c.update(format=2)), "card.json: format 2"),
+    "card of another version": (rewrite_card(lambda c: c.update(format=2)), "card.json: has format 2"),
     "no adapter": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
 }
 

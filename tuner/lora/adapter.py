@@ -218,9 +218,9 @@ def _layers(encoder: AudioEncoder, name: str | None = None) -> list[tuple[str, A
 
 
 @contextmanager
-def _own_peft_config(tower: nn.Module) -> Iterator[None]:
-    """Show PEFT a tower without configurations and merge them afterwards: it warns about every further adapter."""
-    before: dict[str, peft.PeftConfig] = tower.__dict__.pop("peft_config", {})
+def _own_peft_config(model: nn.Module) -> Iterator[None]:
+    """Show PEFT a model without configurations and merge them afterwards: it warns about every further adapter."""
+    before: dict[str, peft.PeftConfig] = model.__dict__.pop("peft_config", {})
     try:
         yield
     finally:
