@@ -170,6 +170,9 @@ class Told:
 
     calls: list[tuple[Any, ...]]
 
+    def setup(self) -> None:
+        """Nothing to connect to."""
+
     def log_trial_start(self, trial: LoggedTrial) -> None:
         self.calls.append(("start", str(trial), trial.config))
 

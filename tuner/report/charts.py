@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Drawing = alt.LayerChart | alt.FacetChart | alt.Chart
 
 # Vega-Lite's own form, which Altair checks.
-Spec = dict[str, Any]
+Spec = dict[str, Any]  # type: ignore[explicit-any]
 
 # Hues after Okabe and Ito, told apart by color-blind readers, at a lightness that reads on white and on near-black.
 ROLES = {"front": "#2a8fd0", "projection only": "#e06c1a", "recommended": "#12a37a", "other trial": "#9a9a9a"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from socket import socket
 from urllib.parse import urlsplit
 
 from tuner.errors import ConfigError, TunerError
@@ -62,7 +62,7 @@ class LiveReport(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://{LOOPBACK}:{self.server_port}/"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: socket | tuple[bytes, socket], client_address: object) -> None:
         """A browser that went away in mid-answer is no fault; anything else is a bug and keeps its traceback."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
@@ -90,7 +90,7 @@ class LiveReport(ThreadingHTTPServer):
         return version, self.watched.study()
 
 
-def _json(values: dict[str, Any]) -> Answer:
+def _json(values: Mapping[str, object]) -> Answer:
     return "application/json", json.dumps(values)
 
 
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """A request each two seconds is nothing to tell."""
 
 

@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
 
 from tuner.lanes.capacity import count_cpus, count_gpus, count_places, node_group, present_nodes
 from tuner.lanes.fleet import Fleet, FleetSize
@@ -45,11 +45,11 @@ class LaneWatch(tune.Callback):
         self._needed = lanes.lanes
         self._told: set[str] = set()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Tune pickles its callbacks for `Tuner.restore`, which nobody calls: the study's database is the state."""
         return {}
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: object) -> None:
         """Called by Tune several times a second, whether or not anything has happened."""
         self.look()
 

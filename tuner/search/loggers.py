@@ -10,13 +10,16 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from sqlalchemy.engine import URL
 
 from tuner.config import TrialConfig
 from tuner.errors import ConfigError
@@ -33,13 +36,13 @@ class LoggedTrial:
 
     name: str
     trial_id: str  # W&B takes it for a run's id, unique in its project
-    config: dict[str, Any]
+    config: dict[str, object]
     experiment_dir_name: str
     local_path: str
     checkpoint: None = field(default=None, init=False)
 
     @property
-    def evaluated_params(self) -> dict[str, Any]:
+    def evaluated_params(self) -> dict[str, object]:
         """What TensorBoard shows as hyperparameters."""
         return self.config
 
@@ -51,6 +54,20 @@ class LoggedTrial:
         return self.name
 
 
+class TrialLogger(Protocol):
+    """What is asked of a `ray.tune.logger.LoggerCallback`, with `LoggedTrial` in place of Tune's trials."""
+
+    def setup(self) -> None: ...
+
+    def log_trial_start(self, trial: LoggedTrial) -> None: ...
+
+    def log_trial_result(self, iteration: int, trial: LoggedTrial, result: dict[str, object]) -> None: ...
+
+    def log_trial_end(self, trial: LoggedTrial, failed: bool = False) -> None: ...
+
+    def on_experiment_end(self, trials: list[LoggedTrial]) -> None: ...
+
+
 class ReadableTrials(tune.Callback):
     """Passes trials on to one of Ray's logger callbacks, as `LoggedTrial`.
 
@@ -59,20 +76,20 @@ class ReadableTrials(tune.Callback):
         folder: what it writes for a trial goes into a folder below.
     """
 
-    def __init__(self, logger: Any, study: str, folder: Path) -> None:
+    def __init__(self, logger: TrialLogger, study: str, folder: Path) -> None:
         self.logger, self.study, self.folder = logger, study, folder
         self._trials: dict[str, LoggedTrial] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Tune pickles its callbacks for `Tuner.restore`, which nobody calls; connections cannot be pickled."""
         return {}
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """Begin a run; a trial that starts again after its actor died goes on with the one it has."""
         self.logger.log_trial_start(self._logged(trial))
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Mapping[str, object], **info: object
     ) -> None:
         """An epoch with its metrics; a result that only says why a trial failed has none."""
         if "epoch" in result:
@@ -83,23 +100,23 @@ class ReadableTrials(tune.Callback):
             named["training_iteration"] = event.epoch
             self.logger.log_trial_result(iteration, self._logged(trial), named)
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """The run ends; our trials fail with a result, not with an exception."""
         result = trial.last_result or {}
         self._end(trial, failed=bool(result.get("failed") or result.get("fatal")))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """The trial's own actor died."""
         self._end(trial, failed=True)
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_experiment_end(self, trials: list[TuneTrial], **info: object) -> None:
         """Let uploads finish."""
         self.logger.on_experiment_end(list(self._trials.values()))
 
-    def _end(self, trial: Any, failed: bool) -> None:
+    def _end(self, trial: TuneTrial, failed: bool) -> None:
         self.logger.log_trial_end(self._logged(trial), failed=failed)
 
-    def _logged(self, trial: Any) -> LoggedTrial:
+    def _logged(self, trial: TuneTrial) -> LoggedTrial:
         name = trial.config["trial"]
         if name not in self._trials:
             config = flat_config(TrialConfig.model_validate(trial.config["config"]))
@@ -158,33 +175,40 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _tensorboard(study: str, folder: Path) -> Any:
+def _tensorboard(study: str, folder: Path) -> TrialLogger:
     from ray.tune.logger import TBXLoggerCallback
 
-    return TBXLoggerCallback()  # type: ignore[no-untyped-call]
+    return cast(TrialLogger, TBXLoggerCallback())  # type: ignore[no-untyped-call]
 
 
-def _mlflow(study: str, folder: Path) -> Any:
+def _mlflow(study: str, folder: Path) -> TrialLogger:
     importlib.import_module("mlflow")  # Ray names no package when it is missing.
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    # Otherwise it tells of its making tables, and its makers of its use.
+    # Otherwise it reports that it makes tables, and its makers that it is used.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    place = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    return MLflowLoggerCallback(tracking_uri=place, experiment_name=study)
+    # A folder's name may hold what means something in a URL.
+    own = URL.create("sqlite", database=str(folder / "mlflow.db")).render_as_string()
+    place = os.environ.get("MLFLOW_TRACKING_URI", own)
+    return cast(TrialLogger, MLflowLoggerCallback(tracking_uri=place, experiment_name=study))
 
 
-def _wandb(study: str, folder: Path) -> Any:
+def _wandb(study: str, folder: Path) -> TrialLogger:
     importlib.import_module("wandb")
     from ray.air.integrations.wandb import WandbLoggerCallback
 
-    # A worker of a cluster does not see this process's environment.
-    mode: dict[str, Any] = {"mode": os.environ["WANDB_MODE"]} if "WANDB_MODE" in os.environ else {}
-    # A run that takes longer to begin is lost without a word, and on a busy head a hundred may begin at once.
+    # A run that takes longer to begin is lost without a message, and on a busy head a hundred may begin at once.
     settings = {"init_timeout": WANDB_START_SECONDS}
     project = os.environ.get("WANDB_PROJECT", "tuner")
-    return WandbLoggerCallback(project=project, group=study, settings=settings, **mode)
+    make = partial(WandbLoggerCallback, project=project, group=study, settings=settings)
+    # A worker of a cluster does not see this process's environment.
+    mode = os.environ.get("WANDB_MODE")
+    return cast(TrialLogger, make() if mode is None else make(mode=mode))
 
 
-MAKERS: dict[str, Callable[[str, Path], Any]] = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
+MAKERS: dict[str, Callable[[str, Path], TrialLogger]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
@@ -13,6 +13,9 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 
 from tuner.patience import Patience
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class PatientStorage(RDBStorage):
@@ -31,17 +34,17 @@ class PatientStorage(RDBStorage):
         patience.outlast(self._path, lambda: RDBStorage.__init__(self, url), (OperationalError,))
 
 
-def _patient(call: Callable[..., Any]) -> Callable[..., Any]:
+def _patient(call: Callable[Concatenate[PatientStorage, P], T]) -> Callable[Concatenate[PatientStorage, P], T]:
     @wraps(call)
-    def waiting(self: PatientStorage, *arguments: Any, **options: Any) -> Any:
-        def attempt() -> Any:
+    def waiting(storage: PatientStorage, /, *arguments: P.args, **options: P.kwargs) -> T:
+        def attempt() -> T:
             try:
-                return call(self, *arguments, **options)
+                return call(storage, *arguments, **options)
             except StorageInternalError as error:
                 # Optuna gives a full disk and a value that is too long the same name.
                 raise (error.__cause__ or error) from None
 
-        return self._patience.outlast(self._path, attempt, (OperationalError,))
+        return storage._patience.outlast(storage._path, attempt, (OperationalError,))
 
     return waiting
 
