@@ -30,6 +30,7 @@ $(INSTALLED): requirements.lock requirements-demo.lock pyproject.toml
 search: install
 	$(BIN)/tuner search --space attention_only
 
+# Two workers, since a third of the time is waiting for Ray. The tests of a file share what is costly, so they stay together.
 test: install ssh prometheus
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -239,7 +239,8 @@ def test_a_session_keeps_events_with_their_times(tmp_path: Path) -> None:
     )
     session = run_session([sys.executable, "-c", code], tmp_path / "log")
     assert [event.fields["event"] for event in session.events] == ["a", "b"]
-    assert session.events[1].seconds - session.events[0].seconds == pytest.approx(0.5, abs=0.4)
+    # A line that is read late on a busy machine shortens or lengthens what is between them.
+    assert 0.1 < session.events[1].seconds - session.events[0].seconds < session.seconds
     assert session.seconds > session.events[1].seconds
     assert session.peak.total > MIB
     assert (tmp_path / "log").read_text() == "words\n"
