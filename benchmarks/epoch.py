@@ -16,7 +16,8 @@ import torch
 from benchmarks import run
 from benchmarks.levers import RECOMMENDED
 from benchmarks.table import show
-from tuner.commands.inputs import DataChoice, find_store
+from tuner.commands.actions.stores import find_store
+from tuner.commands.options import DataChoice
 from tuner.config import RunSettings, TrialConfig
 from tuner.data.cache import prefix_root
 from tuner.data.store import Store

@@ -10,7 +10,8 @@ import typer
 from benchmarks import run
 from benchmarks.peak import GB, show_peak
 from benchmarks.session import run_session, search_command, search_times, show_search_times
-from tuner.commands.inputs import DataChoice, find_store
+from tuner.commands.actions.stores import find_store
+from tuner.commands.options import DataChoice
 
 TARGET_GB = 3.0
 

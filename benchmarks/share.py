@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.commands.inputs import DataChoice, find_store
+from tuner.commands.actions.stores import find_store
+from tuner.commands.options import DataChoice
 from tuner.data.cache import cache_root
 from tuner.data.store import Store
 from tuner.demo import fetch_demo

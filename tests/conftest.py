@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from terminal import Terminal
 
 from tuner.config import EncoderRef, RunSettings
 from tuner.data.splits import SPLITS
@@ -66,6 +67,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny(reference, write_store(folder / "store", reference))
 
 
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    return Terminal(tmp_path, monkeypatch, capsys)
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A whole Qwen2-Audio; its reference takes the path of the tower alone."""
@@ -79,11 +87,13 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Head:
     """Whom every address leads to; commands run in a folder of their own."""
     from scripted_head import Head
 
+    from tuner.commands.actions import jobs, places
     from tuner.service.jobs import cluster
 
     head = Head([], [None])
     head.status = "SUCCEEDED"
-    monkeypatch.setattr(cluster, "connect", lambda address: cluster.Cluster(head))  # type: ignore[arg-type]
+    for action in (jobs, places):
+        monkeypatch.setattr(action, "connect", lambda address: cluster.Cluster(head))  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     return head
 

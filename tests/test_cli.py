@@ -1,13 +1,10 @@
-"""The command line: instant help, and for everything a user can get wrong one sentence, exit code 2, a clean disk."""
+"""What each command gives, and for everything a user can get wrong one sentence, exit code 2, a clean disk."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +16,18 @@ import torch
 import yaml
 from conftest import TEXT_DIM, Tiny, write_encoder
 from safetensors.torch import load_file, save_file
+from terminal import Terminal
 from trained_adapter import Trained, train_and_export
 
-from tuner import cli
 from tuner.config import LoraSpec, TrialConfig
 from tuner.space import load_space
 
-HEAVY = ("torch", "ray", "transformers", "peft", "optuna", "pyarrow")
 SPACE: dict[str, Any] = {
     "name": "mine",
     "description": "A space of the test's.",
     "target_sets": {"pair": ["q_proj", "v_proj"]},
     "dimensions": {"lora.rank": {"int": [2, 8]}, "lora.targets": {"choice": ["q_proj", "v_proj"]}},
 }
-
-
-@dataclass
-class Finished:
-    """What a command left: exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-@dataclass
-class Terminal:
-    """Runs commands in this process, in a folder of its own."""
-
-    folder: Path
-    monkeypatch: pytest.MonkeyPatch
-    capsys: pytest.CaptureFixture[str]
-
-    def run(self, *arguments: object) -> Finished:
-        self.monkeypatch.setattr(sys, "argv", ["tuner", *map(str, arguments)])
-        self.capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = self.capsys.readouterr()
-        return Finished(int(ended.value.code or 0), printed.out, printed.err)
-
-    def refused(self, *arguments: object) -> str:
-        """The one sentence of a command that must fail and leave everything as it was."""
-        before = contents(self.folder)
-        finished = self.run(*arguments)
-        assert finished.code == 2, finished
-        assert finished.out == ""
-        assert finished.err.startswith("tuner: "), finished.err
-        assert finished.err.count("\n") == 1, finished.err
-        assert contents(self.folder) == before
-        return finished.err
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its bytes, and every folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
-    return Terminal(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -92,52 +39,6 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def write_space(folder: Path, **changes: Any) -> Path:
     (folder / "mine.yaml").write_text(yaml.safe_dump(SPACE | changes))
     return folder / "mine.yaml"
-
-
-# Help
-
-
-@pytest.mark.parametrize(
-    "command", [[], ["search"], ["spaces", "show"], ["prepare"], ["diagnose"], ["evaluate"], ["embed"]]
-)
-def test_help_is_instant(command: list[str]) -> None:
-    """No heavy import, and less than a second of processor time, however busy the machine is."""
-    script = (
-        "import resource, sys\n"
-        "from tuner.cli import main\n"
-        f"sys.argv = ['tuner', *{command!r}, '--help']\n"
-        "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
-        "print(f'\\n{used.ru_utime + used.ru_stime} {heavy}')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "Usage: tuner" in done.stdout
-    seconds, _, heavy = done.stdout.splitlines()[-1].partition(" ")
-    assert heavy == "[]"
-    assert float(seconds) < 1
-
-
-def test_every_command_is_listed(terminal: Terminal) -> None:
-    finished = terminal.run("--help")
-    assert finished.code == 0
-    for command in (
-        "prepare",
-        "search",
-        "report",
-        "export",
-        "spaces",
-        "cluster",
-        "studies",
-        "status",
-        "logs",
-        "stop",
-        "diagnose",
-        "train",
-        "evaluate",
-        "embed",
-    ):
-        assert f" {command} " in finished.out
 
 
 # Spaces
@@ -341,7 +242,7 @@ def test_a_full_disk_leaves_no_study(terminal: Terminal, tiny: Tiny) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         message = terminal.refused("search", "--data", tiny.store_folder)
-    assert "no space left; free some" in message
+    assert "study.json.tmp: the disk is full; free space" in message and "with --resume" in message
 
 
 @pytest.mark.parametrize("given", ["abc", "-1", "nan", "inf", "1e300"])
@@ -360,23 +261,11 @@ def test_an_interrupt_says_how_to_go_on(terminal: Terminal, tiny: Tiny) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    terminal.monkeypatch.setattr("tuner.commands.run_search.run_search", interrupted)
+    terminal.monkeypatch.setattr("tuner.commands.actions.run_search.run_search", interrupted)
     finished = terminal.run("search", "--data", tiny.store_folder, "--study", "mine", "--runs", "there")
     assert finished.code == 130
     assert finished.err.count("\n") == 1
     assert "`tuner search --resume mine --runs there`" in finished.err
-
-
-def test_a_bug_keeps_its_traceback(terminal: Terminal) -> None:
-    """Only what a user can mend becomes a sentence."""
-
-    def broken(*_: object, **__: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    terminal.monkeypatch.setattr("tuner.space.list_spaces", broken)
-    terminal.monkeypatch.setattr(sys, "argv", ["tuner", "spaces"])
-    with pytest.raises(OSError, match="Input/output"):
-        cli.main()
 
 
 # Adapters
@@ -394,6 +283,31 @@ def test_an_adapter_is_evaluated_without_ray(terminal: Terminal, trained: Traine
     assert low <= values["recall@1"] <= high
     table = terminal.run(*given).out
     assert f"{trained.metrics['recall@1']:.4f}  [" in table
+
+
+def test_an_adapter_is_evaluated_on_the_data_of_its_training(
+    terminal: Terminal, trained: Trained, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --data, and never the demo; the answer names data, split and gallery."""
+    monkeypatch.setattr("tuner.commands.actions.stores.fetch_demo", lambda *_: pytest.fail("took the demo"))
+    named = json.loads(terminal.run("evaluate", trained.folder, "--data", tiny.store_folder, "--json").out)
+    taken = json.loads(terminal.run("evaluate", trained.folder, "--json").out)
+    assert taken == named
+    assert (taken["data"], taken["split"]) == (str(tiny.store_folder), "test")
+    test = tiny.store().split("test")
+    assert taken["clips"] == len(test)
+    shown = terminal.run("evaluate", trained.folder).out.splitlines()
+    assert shown[0].split() == ["data", str(tiny.store_folder)]
+    assert shown[1].split(maxsplit=1)[1] == f"test: {len(test)} clips, {taken['captions']} captions"
+
+
+def test_data_of_a_training_that_are_gone_must_be_named(terminal: Terminal, trained: Trained) -> None:
+    folder = damaged(trained, terminal.folder / "adapter", lambda tensors: None)
+    content = yaml.safe_load((folder / "trial.yaml").read_text())
+    content["settings"]["store"] = "/nowhere/store"
+    (folder / "trial.yaml").write_text(yaml.safe_dump(content))
+    said = terminal.refused("evaluate", folder)
+    assert "trial.yaml: the data of its training, /nowhere/store, are not here; name a store with --data" in said
 
 
 def test_an_adapter_follows_an_encoder_that_moved(terminal: Terminal, trained: Trained, tiny: Tiny) -> None:
@@ -438,8 +352,8 @@ def test_an_adapter_that_does_not_fit(
 
 def test_a_folder_that_is_no_adapter(terminal: Terminal, tiny: Tiny) -> None:
     (terminal.folder / "empty").mkdir()
-    for folder in ("empty", "missing"):
-        assert "has no card.json" in terminal.refused("evaluate", folder, "--data", tiny.store_folder)
+    assert "has no card.json" in terminal.refused("evaluate", "empty", "--data", tiny.store_folder)
+    assert "adapter missing: does not exist" in terminal.refused("evaluate", "missing", "--data", tiny.store_folder)
 
 
 def test_an_unknown_split(terminal: Terminal, trained: Trained, tiny: Tiny) -> None:
@@ -458,8 +372,7 @@ def test_embeddings_are_written(terminal: Terminal, trained: Trained) -> None:
     finished = terminal.run("embed", trained.folder, terminal.folder, "--out", "e.parquet")
     assert finished.code == 0, finished.err
     assert "3 embeddings of width 8" in finished.out
-    assert "torn.wav: " in finished.err
-    assert "left out" in finished.err
+    assert "torn.wav: " in finished.err and "omitted" in finished.err
     assert pq.read_table(terminal.folder / "e.parquet").num_rows == 3
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import Tiny, write_encoder
-from test_cli import Finished, Terminal, terminal, trained  # noqa: F401
+from terminal import Finished, Terminal
+from test_cli import trained  # noqa: F401
 from test_diagnose import qwen  # noqa: F401
 from trained_adapter import Trained
 
@@ -18,7 +19,7 @@ def steps(finished: Finished) -> dict[str, Any]:
     return {step["name"]: step for step in values["steps"]}
 
 
-def test_a_sound_store_is_told_to_people(terminal: Terminal, tiny: Tiny) -> None:  # noqa: F811
+def test_a_sound_store_is_told_to_people(terminal: Terminal, tiny: Tiny) -> None:
     finished = terminal.run("diagnose", "--data", tiny.store_folder, "--space", "attention_only")
     assert finished.code == 0, finished
     lines = finished.out.splitlines()
@@ -57,7 +58,7 @@ def test_an_adapter_brings_its_encoder_and_its_lora(terminal: Terminal, trained:
     assert steps(finished)["strategy"]["values"]["adapter_file"] == {"tensors": 12, "tensors_that_miss": 0}
 
 
-def test_layers_by_name(terminal: Terminal, tiny: Tiny) -> None:  # noqa: F811
+def test_layers_by_name(terminal: Terminal, tiny: Tiny) -> None:
     options = ("diagnose", "--encoder", tiny.encoder.source, "--rank", 3, "--first-layer", -1, "--json")
     finished = terminal.run(*options, "--targets", "q_proj,fc1", "--targets", "o_proj")
     assert finished.code == 0, finished
@@ -68,7 +69,7 @@ def test_layers_by_name(terminal: Terminal, tiny: Tiny) -> None:  # noqa: F811
     assert finished.code == 1 and "did you mean q_proj?" in finished.out
 
 
-def test_a_store_of_another_encoder_is_found(terminal: Terminal, tiny: Tiny) -> None:  # noqa: F811
+def test_a_store_of_another_encoder_is_found(terminal: Terminal, tiny: Tiny) -> None:
     """Nothing refuses it: to say so is what a diagnosis is for. The clips are then tones."""
     other = write_encoder(terminal.folder / "other", layers=2)
     finished = terminal.run("diagnose", "--data", tiny.store_folder, "--encoder", other, "--json")
@@ -87,7 +88,7 @@ def test_a_store_of_another_encoder_is_found(terminal: Terminal, tiny: Tiny) -> 
         (["--placement", "cellar"], "placement"),
     ],
 )
-def test_a_mistake_is_exit_code_2(terminal: Terminal, options: list[str], said: str) -> None:  # noqa: F811
+def test_a_mistake_is_exit_code_2(terminal: Terminal, options: list[str], said: str) -> None:
     assert said in terminal.refused("diagnose", *options)
 
 

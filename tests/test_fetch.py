@@ -363,7 +363,8 @@ def from_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Head
     """Makes a head that of an address, and gives the options to export from it."""
 
     def options(head: Head) -> list[object]:
-        monkeypatch.setattr("tuner.service.jobs.cluster.connect", lambda address: Cluster(head))  # type: ignore[arg-type]
+        for action in ("jobs", "places"):
+            monkeypatch.setattr(f"tuner.commands.actions.{action}.connect", lambda address: Cluster(head))  # type: ignore[arg-type]
         return ["export", STUDY, "--address", "http://head:8265", "--out", tmp_path / "out"]
 
     return options

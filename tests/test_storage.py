@@ -26,8 +26,8 @@ from optuna.trial import TrialState
 from searches import STUDY
 
 from tuner import cli
-from tuner.commands.inputs import place_of
-from tuner.commands.run_search import Place, _free_name
+from tuner.commands.actions.run_search import Place, _free_name
+from tuner.commands.actions.stores import place_of
 from tuner.config import TrialConfig
 from tuner.data.remote import fetch_store, open_store, upload_store
 from tuner.data.store import META_FILE, Store
@@ -353,7 +353,7 @@ def test_prepare_puts_its_store_where_it_is_told(
     server: BucketServer, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What it prepares is `test_prepare.py`'s; here it has prepared it before."""
-    monkeypatch.setattr("tuner.commands.inputs.make_store", lambda *given: tiny.store_folder)
+    monkeypatch.setattr("tuner.commands.actions.stores.make_store", lambda *given: tiny.store_folder)
     uri = server.uri("prepared")
     arguments = ["prepare", "manifest.csv", "--encoder", "e", "--text-encoder", "t", "--out", uri]
     monkeypatch.setattr(sys, "argv", ["tuner", *arguments])

@@ -1,1 +1,1 @@
-"""One module for each group of commands; what a command needs is imported when it runs, so `--help` is instant."""
+"""One module for each group of commands: their options, and nothing that is slow to import; see `actions`."""

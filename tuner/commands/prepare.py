@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tuner.commands.options import AudioRoot
+from tuner.commands.options import AudioRoot, DataChoice
+from tuner.commands.paths import check_input
+from tuner.errors import ConfigError, Field
 
 
 def prepare(
@@ -23,26 +25,18 @@ def prepare(
     max_rejects: Annotated[float, typer.Option(help="share of rows that may be unusable")] = 0.01,
     audio_root: AudioRoot = None,
 ) -> None:
-    """Decode recordings, extract features, embed captions: a store that searches read."""
-    from tuner.commands.inputs import DataChoice, make_store
-    from tuner.data.prepare import PrepareOptions
-    from tuner.data.remote import upload_store
-    from tuner.storage import Storage, is_uri
+    """Decode recordings, extract features, embed captions: a store for searches."""
+    check_input("manifest", manifest)
+    shares = _shares(split)
+    choice = DataChoice(str(manifest), encoder, text_encoder, pad_to_30s, audio_root)
+    from tuner.commands.actions.prepare import prepare_manifest
 
-    remote = Storage.parse(out) if out is not None and is_uri(out) else None
-    options = PrepareOptions(_fractions(split), seed, max_rejects, audio_root)
-    choice = DataChoice(str(manifest), encoder, text_encoder, pad_to_30s)
-    store = make_store(manifest, choice, Path(out) if out is not None and remote is None else None, options)
-    if remote is not None:
-        upload_store(store, remote)
-    typer.echo(store if remote is None else remote.place)
+    prepare_manifest(manifest, choice, out, shares, seed, max_rejects)
 
 
-def _fractions(text: str) -> tuple[float, float, float]:
-    from tuner.errors import ConfigError
-
+def _shares(text: str) -> tuple[float, float, float]:
     try:
         train, validation, test = (float(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--split {text}: give three shares such as 0.7,0.15,0.15") from None
+        raise ConfigError(Field("split"), f" {text}: give three shares such as 0.7,0.15,0.15") from None
     return train, validation, test

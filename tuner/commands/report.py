@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from tuner.commands.options import study_folder
-
-if TYPE_CHECKING:
-    from tuner.report.watch import Watched
-    from tuner.service.jobs.fetch import ClusterSource, OnBytes, StudySource
+from tuner.commands.options import StudyOptions, typed
+from tuner.commands.paths import check_new_folder, check_output_file
+from tuner.errors import ConfigError, Field
 
 Study = Annotated[str, typer.Argument(help="name of the study, or its folder")]
 Runs = Annotated[Path, typer.Option(help="folder of studies, with --address that on the head")]
@@ -27,27 +21,6 @@ StorageUri = Annotated[str | None, typer.Option("--storage", help="where `tuner 
 Live = Annotated[bool, typer.Option("--live", help="serve the page on loopback, refreshed while the search runs")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="with --live; 0 takes any that is free")]
 Trials = Annotated[list[str] | None, typer.Option("--trial", help="a point of the front; repeat for several")]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a study is, as its command line says; `study` is its name or, on this machine, its folder too."""
-
-    study: str
-    runs: Path
-    address: str | None
-    storage: str | None
-    runs_given: bool
-
-    @property
-    def folder(self) -> Path:
-        """On this machine."""
-        return study_folder(self.runs, self.study)
-
-    @property
-    def here(self) -> bool:
-        """Whether the study is in a folder of this machine."""
-        return self.address is None and self.storage is None
 
 
 def report(
@@ -64,24 +37,20 @@ def report(
     storage: StorageUri = None,
 ) -> None:
     """Write the report page of a study, finished or running, or serve it while the search runs."""
-    from tuner.errors import ConfigError
-    from tuner.report.charts import save_front_svg
-    from tuner.report.html import save_page
-    from tuner.study.study import Study
+    if live and (svg or out or storage):
+        others = (Field("svg"), ", ", Field("out"), " and ", Field("storage"))
+        raise ConfigError(Field("live"), ": serves the page and writes nothing; omit ", *others)
+    if out is not None:
+        check_output_file("out", out)
+    if svg is not None:
+        check_output_file("svg", svg)
+    options = StudyOptions(study, runs, address, storage, typed(context, "runs"), typed(context, "address"))
+    from tuner.commands.actions.report import serve_report, write_report
 
-    place = _place(context, study, runs, address, storage)
     if live:
-        if svg or out or place.storage:
-            raise ConfigError("--live: serves the page and writes nothing; leave --svg, --out and --storage away")
-        _serve(place, port)
-        return
-    with _records(place) as folder:
-        found = Study.open(folder)
-        page = out or (found.folder.report if place.here else Path(f"{Path(study).name}.html"))
-        save_page(found, page, elsewhere=not place.here)
-        typer.echo(page)
-        if svg is not None:
-            save_front_svg(found, svg)
+        serve_report(options, port)
+    else:
+        write_report(options, out, svg)
 
 
 def export(
@@ -95,29 +64,14 @@ def export(
     storage: StorageUri = None,
 ) -> None:
     """Write the adapters of a front into a folder: PEFT files, heads, a card with the numbers of each, checksums."""
-    from tuner.commands.inputs import progress_bar
-    from tuner.data.writer import disk_faults, new_folder
-    from tuner.errors import ConfigError
-    from tuner.report.handover import choose_points, write_handover
-    from tuner.study.study import Study
-
     if best and trial:
-        raise ConfigError("--best: chooses the trial; leave --trial away")
-    place = _place(context, study, runs, address, storage)
+        raise ConfigError(Field("best"), ": chooses the trial; omit ", Field("trial"))
     target = out or Path(f"{Path(study).name}-adapters")
-    if target.exists():
-        raise ConfigError(f"--out {target}: exists; give a new folder")
-    with tempfile.TemporaryDirectory(prefix="tuner-") as temporary:
-        source = place.folder if place.here else Path(temporary)
-        if not place.here:
-            with progress_bar("bytes received") as progress:
-                _source(place, progress).points(source, trial or (), best)
-        found = Study.open(source)
-        points = choose_points(found, trial or (), best)
-        with disk_faults(target), new_folder(target) as folder:
-            write_handover(found, points, source, folder)
-    for point in points:
-        typer.echo(target / point.trial)
+    check_new_folder("out", target)
+    options = StudyOptions(study, runs, address, storage, typed(context, "runs"), typed(context, "address"))
+    from tuner.commands.actions.export import export_points
+
+    export_points(options, target, trial or (), best)
 
 
 def send(
@@ -127,83 +81,6 @@ def send(
     best: Annotated[bool, typer.Option("--best", help="of the best point alone")] = False,
 ) -> None:
     """Print files of a study as lines of text: what `tuner report` and `export` run on the head."""
-    from tuner.report.handover import choose_points, files_of
-    from tuner.service.jobs.bundle import RECORDS, bundle_lines
-    from tuner.study.study import Study
+    from tuner.commands.actions.export import send_study
 
-    found = Study.open(folder)
-    points = choose_points(found, trial or (), best) if adapters else []
-    names = [*RECORDS, *(name for point in points for name in files_of(point))]
-    for line in bundle_lines(folder, names):
-        typer.echo(line)
-
-
-def _place(context: typer.Context, study: str, runs: Path, address: str | None, storage: str | None) -> Place:
-    from tuner.errors import ConfigError
-    from tuner.study.folder import RECORD_FILE
-
-    def given(option: str) -> bool:
-        source = context.get_parameter_source(option)
-        return source is not None and source.name == "COMMANDLINE"
-
-    place = Place(study, runs, address, storage, given("runs"))
-    if address is not None and not given("address") and (storage or (place.folder / RECORD_FILE).is_file()):
-        place = Place(study, runs, None, storage, place.runs_given)
-    if place.address is not None and storage is not None:
-        raise ConfigError("--address and --storage: give one of them; the study is the same in both")
-    return place
-
-
-@contextmanager
-def _records(place: Place) -> Iterator[Path]:
-    """A folder with what a report is drawn from."""
-    if place.here:
-        yield place.folder
-        return
-    with tempfile.TemporaryDirectory(prefix="tuner-") as folder:
-        _source(place).records(Path(folder))
-        yield Path(folder)
-
-
-def _quiet(done: int, total: int) -> None:
-    """Records are small."""
-
-
-def _source(place: Place, on_bytes: OnBytes = _quiet) -> StudySource:
-    from tuner.service.jobs.fetch import StorageSource
-    from tuner.storage import Storage
-
-    if place.storage is not None:
-        return StorageSource(Storage.parse(place.storage), place.study)
-    return _cluster_source(place, on_bytes)
-
-
-def _cluster_source(place: Place, on_bytes: OnBytes = _quiet) -> ClusterSource:
-    from tuner.service.jobs.cluster import connect
-    from tuner.service.jobs.fetch import ClusterSource
-
-    assert place.address is not None
-    on_head = place.runs / place.study if place.runs_given else None
-    return ClusterSource(connect(place.address), place.study, on_head, on_bytes)
-
-
-def _serve(place: Place, port: int) -> None:
-    from tuner.report.serve import LiveReport
-
-    with LiveReport(_watched(place), port) as server:
-        typer.echo(f"{server.url} shows study {Path(place.study).name} while it runs; Ctrl-C ends this page alone")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            # The only way to end it, so no fault.
-            typer.echo("")
-
-
-def _watched(place: Place) -> Watched:
-    from tuner.report.watch import WatchedFolder
-    from tuner.service.jobs.live_job import WatchedJob
-
-    if place.here:
-        return WatchedFolder(place.folder)
-    source = _cluster_source(place)
-    return WatchedJob(source.cluster, source.cluster.find(place.study), source)
+    send_study(folder, adapters, trial or (), best)

@@ -11,13 +11,16 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel
 
-from tuner.commands.options import AudioRoot, Typed
+from tuner.commands.options import AudioRoot, Typed, typed_words
+from tuner.commands.paths import check_output_folder
 from tuner.config import RunSettings
 from tuner.errors import ConfigError
 from tuner.patience import patience_seconds
 from tuner.study.config import DEFAULT_SPACE, StudyConfig
 from tuner.study.objectives import DEFAULT_OBJECTIVES, KNOWN
 
+# What the head must not be told: it runs on its own cluster, and prints for programs.
+NOT_SENT = frozenset({"address", "json", "study", "space", "dashboard", "dry_run", "tflops"})
 # What a cluster's head prints into each driver: that a lane waits for a machine, which the search reports itself, and
 # that it has many small actors.
 RAY_CHATTER = "infeasible resource requests|PYTHON worker processes have been started"
@@ -115,7 +118,7 @@ def search(
     # Ray reads it once, when it is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
     # Ray, Optuna and the encoders' libraries, which `--help` does without.
-    from tuner.commands import run_search
+    from tuner.commands.actions import jobs, run_search
 
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(runs)):
         raise ConfigError(f"--runs {runs}: must be a folder of this machine; give a bucket as --storage")
@@ -135,9 +138,13 @@ def search(
     )
     driver.check()
     if driver.submits and not dry_run:
-        run_search.submit(context, driver)
+        words = typed_words(context, NOT_SENT)
+        search_there = jobs.Submitted(space, data, encoder, audio_root, study, resume, runs, storage, words)
+        run_search.submit(search_there, driver)
         return
     place = run_search.place_of_studies(runs, storage, address, runs_typed="runs" in typed, dry_run=dry_run)
+    if not dry_run:
+        check_output_folder("runs", place.runs)
     if resume is not None:
         run_search.resume_study(place, resume, trials, typed, driver)
         return

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import typer
 
-from tuner.commands.dry_run import dry_run
-from tuner.commands.inputs import DataChoice, choose_path, find_store, place_of, say
-from tuner.commands.options import INTERRUPTED, Typed, study_folder
-from tuner.commands.studies import submit_search
+from tuner.commands.actions.dry_run import dry_run
+from tuner.commands.actions.jobs import Submitted, submit_search
+from tuner.commands.actions.stores import choose_path, find_store, place_of
+from tuner.commands.console import INTERRUPTED, say
+from tuner.commands.options import DataChoice, Typed, study_folder
 from tuner.config import RunSettings
 from tuner.data.cache import cache_root
 from tuner.data.store import Store
@@ -109,10 +110,10 @@ class NewStudy:
     seed: int
 
 
-def submit(context: typer.Context, driver: DriverOptions) -> None:
+def submit(search: Submitted, driver: DriverOptions) -> None:
     """Run the same command as a job of a cluster."""
     assert driver.address is not None
-    submit_search(context, driver.address, driver.json)
+    submit_search(search, driver.address, driver.json)
 
 
 def place_of_studies(runs: Path, storage: str | None, address: str | None, runs_typed: bool, dry_run: bool) -> Place:

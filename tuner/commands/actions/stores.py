@@ -1,39 +1,22 @@
-"""What several commands share: finding or making the store that `--data` means, and showing progress."""
+"""From what a command line says of data and encoders to a prepared store and an encoder."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import typer
-
+from tuner.commands.console import progress_bar, say
+from tuner.commands.options import DEMO, DataChoice
 from tuner.config import EncoderRef
-from tuner.errors import ConfigError
-from tuner.redact import printable, redact
-
-if TYPE_CHECKING:
-    from tuner.data.store import Store
-    from tuner.space import SearchSpace
-    from tuner.storage import Storage
-
-DEMO = "demo"
-PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
-
-
-@dataclass(frozen=True)
-class DataChoice:
-    """The options `--data`, `--encoder`, `--text-encoder`, `--pad-to-30s`, `--audio-root`."""
-
-    data: str = DEMO
-    encoder: str | None = None
-    text_encoder: str | None = None
-    pad_to_30s: bool = False
-    audio_root: Path | None = None
+from tuner.data.cache import cache_root
+from tuner.data.prepare import PrepareOptions, prepare
+from tuner.data.remote import STORES, fetch_store, upload_store
+from tuner.data.store import META_FILE, Store
+from tuner.demo import fetch_demo
+from tuner.encoders.registry import inspect_encoder
+from tuner.encoders.text import inspect_text_encoder
+from tuner.errors import ConfigError, Field
+from tuner.space import SearchSpace
+from tuner.storage import Storage, is_uri
 
 
 def find_store(choice: DataChoice) -> Path:
@@ -43,11 +26,6 @@ def find_store(choice: DataChoice) -> Path:
         ConfigError: encoders are not named or contradict the store, or there is no manifest for an audio root.
         DataError: as `prepare`.
     """
-    from tuner.data.prepare import PrepareOptions
-    from tuner.data.remote import fetch_store
-    from tuner.data.store import META_FILE, Store
-    from tuner.storage import is_uri
-
     path = fetch_store(choice.data) if is_uri(choice.data) else Path(choice.data)
     prepared = choice.data == DEMO or (path / META_FILE).is_file()
     check_audio_root(choice.audio_root, not prepared)
@@ -66,10 +44,6 @@ def place_of(store: Path, data: str, storage: Storage | None) -> str:
     Raises:
         StorageError: it is away or full, or access is denied.
     """
-    from tuner.data.cache import cache_root
-    from tuner.data.remote import STORES, upload_store
-    from tuner.storage import is_uri
-
     if is_uri(data):
         return data
     store = store.resolve()
@@ -83,18 +57,26 @@ def place_of(store: Path, data: str, storage: Storage | None) -> str:
 def check_audio_root(audio_root: Path | None, manifest: bool) -> None:
     """Raises: ConfigError: an audio root is given, and no manifest that would be read with it."""
     if audio_root is not None and not manifest:
-        raise ConfigError(f"--audio-root {audio_root}: is for a manifest, and --data is none; leave it away")
+        raise ConfigError(
+            Field("audio_root"), f" {audio_root}: is for a manifest, and ", Field("data"), " is none; omit it"
+        )
 
 
-def make_store(manifest: Path, choice: DataChoice, out: Path | None, options: object) -> Path:
-    """Prepare a manifest and say what came of it."""
-    from tuner.data.prepare import PrepareOptions, prepare
+def make_store(manifest: Path, choice: DataChoice, out: Path | None, options: PrepareOptions) -> Path:
+    """Prepare a manifest and say what came of it.
 
-    assert isinstance(options, PrepareOptions)
+    Raises:
+        ConfigError: an encoder is not named.
+        DataError: as `prepare`.
+    """
     if choice.encoder is None or choice.text_encoder is None:
         raise ConfigError(
-            f"{manifest}: say with --encoder and --text-encoder which encoders to prepare it for "
-            "(hub ids or folders, for example openai/whisper-small and sentence-transformers/all-MiniLM-L6-v2)"
+            f"{manifest}: name with ",
+            Field("encoder"),
+            " and ",
+            Field("text_encoder"),
+            " the encoders to prepare it for (hub ids or folders, for example openai/whisper-small and "
+            "sentence-transformers/all-MiniLM-L6-v2)",
         )
     encoder = EncoderRef(source=choice.encoder, pad_to_30s=choice.pad_to_30s)
     with progress_bar("preparing recordings") as progress:
@@ -111,8 +93,6 @@ def choose_path(encoder: EncoderRef, path: str | None, space: SearchSpace) -> En
         ConfigError: there is no such path.
         EncoderError: as `inspect_encoder`.
     """
-    from tuner.encoders.registry import inspect_encoder
-
     if path is not None:
         return EncoderRef.parse({**encoder.model_dump(), "path": path}, "--path")
     beyond = [placement for placement in space.placements if placement != "tower"]
@@ -124,10 +104,6 @@ def choose_path(encoder: EncoderRef, path: str | None, space: SearchSpace) -> En
 
 
 def _demo_store(choice: DataChoice) -> Path:
-    from tuner.data.cache import cache_root
-    from tuner.data.prepare import PrepareOptions
-    from tuner.demo import fetch_demo
-
     demo = fetch_demo(cache_root() / DEMO)
     encoder = choice.encoder or str(demo.audio_encoder)
     text_encoder = choice.text_encoder or str(demo.text_encoder)
@@ -136,9 +112,6 @@ def _demo_store(choice: DataChoice) -> Path:
 
 
 def _check_same_encoders(store: Store, choice: DataChoice) -> None:
-    from tuner.encoders.registry import inspect_encoder
-    from tuner.encoders.text import inspect_text_encoder
-
     named = choice.text_encoder
     if named is not None and inspect_text_encoder(named).fingerprint != store.text_fingerprint:
         raise ConfigError(
@@ -154,40 +127,3 @@ def _check_same_encoders(store: Store, choice: DataChoice) -> None:
             f"{store.folder}: prepared for {store.encoder.source} (pad_to_30s: {store.encoder.pad_to_30s}); "
             "leave --encoder away or prepare the manifest for the other encoder"
         )
-
-
-def tell(text: str) -> None:
-    """A line of an answer that holds words of other people, on standard output."""
-    typer.echo(printable(redact(text)))
-
-
-def say(text: str) -> None:
-    """A line for people, on standard error, so that standard output stays for programs."""
-    print(printable(redact(text)), file=sys.stderr, flush=True)  # noqa: T201
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in a terminal, a line now and then elsewhere; called with the number done and the total."""
-    if not sys.stderr.isatty():
-        yield _plain_progress(label)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _plain_progress(label: str) -> Callable[[int, int], None]:
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > PLAIN_SECONDS:
-            last = time.monotonic()
-            say(f"{label}: {done} of {total}")
-
-    return show
