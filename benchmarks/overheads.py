@@ -25,7 +25,7 @@ from tuner.lanes.capacity import HEAD_NODE, read_capacity
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.fleet import Fleet, FleetSize
 from tuner.lanes.lane import POLL_SECONDS
-from tuner.lanes.trial import WAIT_SECONDS
+from tuner.lanes.trial_client import WAIT_SECONDS
 from tuner.patience import Patience
 from tuner.report.live import JsonView
 from tuner.search.driver import _Search
@@ -127,7 +127,7 @@ class Probe:
 
     def start_seconds(self) -> float:
         """Processor seconds of this process so far, with the imports of a trial."""
-        import tuner.lanes.trial  # noqa: F401
+        import tuner.lanes.trial_client  # noqa: F401
 
         return time.process_time()
 

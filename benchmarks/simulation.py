@@ -26,7 +26,7 @@ from tuner.config import TrialConfig
 from tuner.lanes import coordinator as coordinator_module
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.lane import POLL_SECONDS
-from tuner.lanes.trial import WAIT_SECONDS
+from tuner.lanes.trial_client import WAIT_SECONDS
 from tuner.patience import Patience
 from tuner.report.live import JsonView
 from tuner.search.durable.database import PatientStorage

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from tuner.config import TrialConfig
+from tuner.config import Precision, TrialConfig
 from tuner.lanes import coordinator as module
-from tuner.lanes.coordinator import LEASE_SECONDS, Coordinator
+from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.deaths import DEATHS_PER_TRIAL, STARTS_PER_LANE
 from tuner.lanes.messages import Confirmation, Muster, Orders, Row, Update
+from tuner.lanes.trial_queue import LEASE_SECONDS
 from tuner.study.points import Point, Scores
-from tuner.train.results import Measured
+from tuner.train.results import Candidate, Measured
 
-CONFIG: Row = {"seed": 0}
-FRONT: list[Row] = [{"trial": trial, "origin": "space", "config": CONFIG} for trial in ("t0", "t1", "t2")]
+CONFIG = TrialConfig()
+FRONT = [Candidate(trial, "space", CONFIG) for trial in ("t0", "t1", "t2")]
 SOON = 5.0  # seconds in which something that is to happen at once must have happened
 LONG = 600.0
 
@@ -39,7 +40,7 @@ def measured(trial: str) -> Measured:
     return Measured(point, {"recall@10": 0.5}, {})
 
 
-def drive(scenario: Callable[[Coordinator], Awaitable[None]], precision: str | None = None) -> None:
+def drive(scenario: Callable[[Coordinator], Awaitable[None]], precision: Precision | None = None) -> None:
     async def run() -> None:
         await asyncio.wait_for(scenario(Coordinator(precision)), 30)
 
@@ -86,7 +87,7 @@ def test_another_configuration_under_the_same_name_starts_anew() -> None:
         await coordinator.register("lane", "attempt", "fp32")
         await coordinator.poll("lane", [], 1, 0)
         await coordinator.report("lane", "t0", rows(1))
-        changed = {"seed": 1}
+        changed = TrialConfig(seed=1)
         lease = await coordinator.submit("t0", changed)
         assert await coordinator.next("t0", lease, 0, 0) == Update("wait")
         assert await coordinator.poll("lane", ["t0"], 1, 0) == Orders(new=(("t0", changed),), drop=("t0",))
@@ -270,7 +271,7 @@ def test_a_fatal_reason_reaches_every_trial_and_the_first_one_counts() -> None:
 async def candidate_of(coordinator: Coordinator, lane: str) -> str | None:
     """The trial of the front that a lane is told to measure when it asks without waiting."""
     candidate = (await coordinator.poll(lane, [], 1, 0)).confirm
-    return candidate["trial"] if candidate else None
+    return candidate.trial if candidate else None
 
 
 def test_all_lanes_share_the_front() -> None:
@@ -287,7 +288,7 @@ def test_all_lanes_share_the_front() -> None:
         assert await coordinator.confirm(FRONT, 0) == Confirmation(left=1)
         assert not asked.done()
         await coordinator.confirmed("b", "t2", measured("t2"), None)
-        points = [measured(row["trial"]) for row in FRONT]
+        points = [measured(candidate.trial) for candidate in FRONT]
         assert await asked == Confirmation(points=points), "in the order that was asked for"
         # The driver's call may be retried; the work is not.
         assert await coordinator.confirm(FRONT, 0) == Confirmation(points=points)

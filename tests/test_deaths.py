@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from tuner.config import TrialConfig
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.deaths import DEATHS_PER_TRIAL, STARTS_PER_LANE, TRIALS_PER_LANE
 from tuner.lanes.messages import Orders, Row, Update
 
-CONFIG: Row = {"seed": 0}
+CONFIG = TrialConfig()
 LONG = 600.0
 
 

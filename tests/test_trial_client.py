@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from tuner.lanes import trial as module
+from tuner.config import TrialConfig
+from tuner.lanes import trial_client as module
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.messages import Orders, Row
-from tuner.lanes.trial import TrialClient
+from tuner.lanes.trial_client import TrialClient
 
 EPOCHS = 2
 
@@ -120,7 +121,7 @@ def test_an_actor_that_becomes_another_trial_frees_the_first_ones_place(
     client.step()
 
     def second() -> None:
-        assert bench.poll(["t0"]) == Orders(new=(("t1", {"seed": 0}),), drop=("t0",))
+        assert bench.poll(["t0"]) == Orders(new=(("t1", TrialConfig()),), drop=("t0",))
         bench.report("t1", 1)
 
     bench.when_asked(monkeypatch, second)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tuner.lanes.messages import Confirmation, Row
-from tuner.train.results import Measured
+from tuner.lanes.messages import Confirmation
+from tuner.train.results import Candidate, Measured
 
 
 class FrontQueue:
     """Who measures what. Plain values; the coordinator holds it once trials have ended.
 
     Args:
-        trials: `trial`, `origin` and `config` of each, in the order of the answer.
+        trials: in the order of the answer.
     """
 
-    def __init__(self, trials: Sequence[Row]) -> None:
-        self._trials = {row["trial"]: row for row in trials}
+    def __init__(self, trials: Sequence[Candidate]) -> None:
+        self._trials = {candidate.trial: candidate for candidate in trials}
         self._takers: dict[str, str] = {}  # the lane that measures a trial
         self._measured: dict[str, Measured] = {}
         self._reason: str | None = None
@@ -35,7 +35,7 @@ class FrontQueue:
             return Confirmation(left=self.left)
         return Confirmation(points=[self._measured[trial] for trial in self._trials])
 
-    def take(self, lane: str) -> Row | None:
+    def take(self, lane: str) -> Candidate | None:
         """The trial that this lane measures next: the one that it was told before, if it never reported that."""
         if not self.left:
             return None

@@ -18,12 +18,13 @@ from tuner.config import Precision, RunSettings
 from tuner.errors import ConfigError, StudyError
 from tuner.lanes.capacity import HEAD_NODE, Capacity, NodeGroup, count_cpus, count_gpus
 from tuner.lanes.coordinator import Coordinator
-from tuner.lanes.host import host_lane
+from tuner.lanes.hosting import host_lane
 from tuner.lanes.lane import LaneConfig
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
-from tuner.lanes.messages import Confirmation, Muster, Row
+from tuner.lanes.messages import Confirmation, Muster
 from tuner.loopback import embedded_ray, environment
 from tuner.storage import Storage
+from tuner.train.results import Candidate
 
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
@@ -73,9 +74,9 @@ class Fleet:
         """How many adapters train at once."""
         return self.lanes * self.capacity
 
-    def confirm(self, trials: Sequence[Row], timeout: float) -> Confirmation:
+    def confirm(self, trials: Sequence[Candidate], timeout: float) -> Confirmation:
         """As `Coordinator.confirm`."""
-        answer: Confirmation = ray.get(self.coordinator.confirm.remote(list(trials), timeout))
+        answer: Confirmation = ray.get(self.coordinator.confirm.remote(trials, timeout))
         return answer
 
     def precision(self) -> Precision | None:
@@ -194,6 +195,7 @@ def fleet(
     size: FleetSize,
     storage: Storage | None = None,
     embedded: bool = False,
+    rungs: tuple[int, ...] = (),
 ) -> Iterator[Fleet]:
     """Start the lanes of a study and stop them at the end; they load while the driver goes on."""
     name = f"tuner-coordinator:{study}"
@@ -213,6 +215,7 @@ def fleet(
         workers=options.workers,
         threads=size.threads,
         use_gpu=size.use_gpu,
+        rungs=rungs,
     )
     # Our lanes report nothing through Ray Train, so its controllers need not look at their workers often.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")

@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tuner.loopback import interface_of, is_loopback
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 
-def join_group(rank: int, world: int, device: torch.device) -> None:
-    """Make the process group of a lane's workers; rank 0 says where they meet. One worker needs none."""
-    if world == 1:
-        return
+
+class LaneGroup:
+    """One worker's part in the group: what rank 0 decides reaches every rank. A lane of one worker needs no group.
+
+    Args:
+        rank: of this worker; rank 0 says where they meet.
+        world: workers of the lane.
+    """
+
+    def __init__(self, rank: int, world: int, device: torch.device) -> None:
+        self.rank, self.world = rank, world
+        if world > 1:
+            _join(rank, world, device)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _join(rank: int, world: int, device: torch.device) -> None:
     import torch.distributed as dist
     from ray.train.collective import broadcast_from_rank_zero
     from ray.util import get_node_ip_address

@@ -23,10 +23,12 @@ from tuner.errors import StorageError, TrialFailed, TunerError, first_line
 from tuner.lanes.capacity import node_group, present_nodes
 from tuner.lanes.files import LaneFiles
 from tuner.lanes.gauges import LaneMetrics, LaneTags, log_to_stdout
-from tuner.lanes.group import join_group
+from tuner.lanes.group import LaneGroup
 from tuner.lanes.guard import Guard, LaneLeaves
 from tuner.lanes.messages import Orders
 from tuner.storage import Storage
+from tuner.study.rungs import is_due
+from tuner.train.results import Candidate
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +52,7 @@ class LaneConfig:
     workers: int
     threads: int  # CPUs reserved for one worker
     use_gpu: bool
+    rungs: tuple[int, ...] = ()  # epochs after which a trial waits for a decision
 
 
 def lane_device() -> torch.device:
@@ -95,10 +98,10 @@ class LaneWorker:
         self.attempt = uuid.uuid4().hex
         torch.set_num_threads(host_share() if config.use_gpu else config.threads)
         self.device = lane_device()
-        join_group(self.rank, self.world, self.device)
+        self.group = LaneGroup(self.rank, self.world, self.device)
         self.metrics = LaneMetrics(LaneTags(config.study, config.space, config.lane, self.rank))
         self.files = LaneFiles(Path(config.run_dir), config.storage, config.lane)
-        self.guard = Guard(self.rank, self.files, self.tell, self.broadcast)
+        self.guard = Guard(self.rank, self.files, self.tell, self.group.broadcast)
 
     def load(self) -> None:
         """Load encoder, store and text embeddings, and agree with the other lanes on the number format."""
@@ -128,20 +131,23 @@ class LaneWorker:
 
     def register(self, precision: Precision) -> Precision:
         """Make this lane known, and the nodes of its workers and of the cluster; returns the agreed precision."""
-        nodes = self.gather(ray.get_runtime_context().get_node_id())
-        agreed: Precision = self.broadcast(self.tell("register", self.attempt, precision, nodes, [*present_nodes()]))
+        nodes = self.group.gather(ray.get_runtime_context().get_node_id())
+        agreed: Precision = self.group.broadcast(
+            self.tell("register", self.attempt, precision, nodes, [*present_nodes()])
+        )
         return agreed
 
     def refuse(self, reason: str) -> None:
         """No trial can be trained here: say so until the coordinator, which may be started again, has heard it."""
         self.tell("fatal", reason)
-        while not self.broadcast(self.tell("poll", [], 0, POLL_SECONDS)).stop:
+        while not self.group.broadcast(self.tell("poll", [], 0, POLL_SECONDS)).stop:
             self.tell("fatal", reason)
 
     def turn(self) -> bool:
         """Take orders, then train one epoch of the members that are least far. False when told to stop."""
         self.guard.leave_in_time(self.pack.members.values())
-        orders: Orders = self.broadcast(self._poll())
+        waiting = self._waiting()
+        orders: Orders = self.group.broadcast(self._poll(waiting))
         self.metrics.spent("waiting")
         if orders.stop:
             return False
@@ -157,22 +163,32 @@ class LaneWorker:
         if orders.new and (fault := self._fetch([trial for trial, _ in orders.new])):
             self.tell("fatal", fault)
             return True
-        for trial, values in orders.new:
-            self._attach(trial, TrialConfig.model_validate(values))
+        for trial, trial_config in orders.new:
+            self._attach(trial, trial_config)
         self.metrics.spent("attaching")
-        epochs = self.config.settings.epochs
-        behind = {trial: m.epoch for trial, m in self.pack.members.items() if m.epoch < epochs}
+        held_back = self._waiting() - set(orders.go_on)
+        behind = {trial: epoch for trial, epoch in self._behind().items() if trial not in held_back}
         if behind:
             first = min(behind.values())
             alone = [orders.alone] if orders.alone in behind else None
             self._epoch(alone or [trial for trial, epoch in behind.items() if epoch == first])
         return True
 
-    def _poll(self) -> Orders | None:
+    def _behind(self) -> dict[str, int]:
+        """Members that are not trained to the end, and their finished epochs."""
+        epochs = self.config.settings.epochs
+        return {trial: member.epoch for trial, member in self.pack.members.items() if member.epoch < epochs}
+
+    def _waiting(self) -> set[str]:
+        """Members at a rung: not before their trial has decided is the next epoch begun."""
+        rungs, epochs = self.config.rungs, self.config.settings.epochs
+        return {t for t, m in self.pack.members.items() if is_due(m.epoch, rungs, epochs) and not m.steps}
+
+    def _poll(self, waiting: set[str]) -> Orders | None:
         """Ask for orders; with nothing to train, the coordinator answers when there is something new."""
-        working = any(member.epoch < self.config.settings.epochs for member in self.pack.members.values())
-        wait = 0.0 if working else POLL_SECONDS
-        orders: Orders | None = self.tell("poll", list(self.pack.members), self.config.capacity, wait)
+        wait = 0.0 if self._behind().keys() - waiting else POLL_SECONDS
+        held = list(self.pack.members)
+        orders: Orders | None = self.tell("poll", held, self.config.capacity, wait, sorted(waiting))
         return orders
 
     def _fetch(self, trials: list[str]) -> str | None:
@@ -183,7 +199,7 @@ class LaneWorker:
                 self.files.fetch(trial)
         except StorageError as error:
             fault = str(error)
-        return next(filter(None, self.gather(fault)), None)
+        return next(filter(None, self.group.gather(fault)), None)
 
     def _attach(self, trial: str, config: TrialConfig) -> None:
         if trial in self.pack.members:
@@ -252,7 +268,7 @@ class LaneWorker:
             ray.get(self.coordinator.last_words.remote(self.config.lane, first_line(error)))
             raise
 
-    def _confirm(self, candidate: dict[str, Any]) -> None:
+    def _confirm(self, candidate: Candidate) -> None:
         """Rank 0 measures a trial of the front; the other workers of the lane wait at the next broadcast."""
         from tuner.train.front_point import confirm_trial
 
@@ -260,7 +276,7 @@ class LaneWorker:
             self.pack.detach(trial)
         if self.rank != 0:
             return
-        trial = candidate["trial"]
+        trial = candidate.trial
         try:
             self.files.fetch(trial)
             measured = confirm_trial(self.pack, candidate, self.files.folder, self.precision)
@@ -281,23 +297,3 @@ class LaneWorker:
             return None
         names = () if method == "fatal" else (self.config.lane,)
         return ray.get(getattr(self.coordinator, method).remote(*names, *arguments))
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
-        if self.world == 1:
-            return value
-        import torch.distributed as dist
-
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on every rank."""
-        if self.world == 1:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values

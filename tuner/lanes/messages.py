@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from tuner.train.results import Measured
+from tuner.config import TrialConfig
+from tuner.train.results import Candidate, Measured
 
-Row = dict[str, Any]
+# An epoch as a lane reports it: numbers by metric, and perhaps a `warning`.
+Row = dict[str, float | str]
 
 
 @dataclass(frozen=True)
 class Update:
     """Answer to a waiting trial: `epoch` with its row, `failed` with a reason, `wait`, or `unknown` lease.
 
-    `fatal` says that no trial can be trained, and is no fault of this one: a resumed study trains it again. A `note` is
-    what the lane has to say to the user meanwhile.
+    `fatal` means that no trial can be trained, and is no fault of this one: a resumed study trains it again.
+
+    Attributes:
+        later: of an epoch: how many later ones are known, so that the trial went on after this one before.
     """
 
-    kind: Literal["epoch", "failed", "fatal", "note", "wait", "unknown"]
+    kind: Literal["epoch", "failed", "fatal", "wait", "unknown"]
     row: Row | None = None
     reason: str | None = None
+    later: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,23 +48,30 @@ class Orders:
     Attributes:
         new: adapters to take up (trial, configuration).
         drop: adapters to drop.
+        go_on: adapters that waited for a decision at a rung and train on.
         alone: the one adapter to train in this turn, because a worker has died while it trained.
         confirm: a trial of the front to export and measure on test.
         stop: the lane ends.
         register: the coordinator does not know the lane, which registers and asks again.
     """
 
-    new: tuple[tuple[str, Row], ...] = ()
+    new: tuple[tuple[str, TrialConfig], ...] = ()
     drop: tuple[str, ...] = ()
+    go_on: tuple[str, ...] = ()
     alone: str | None = None
-    confirm: Row | None = None
+    confirm: Candidate | None = None
     stop: bool = False
     register: bool = False
+
+    @property
+    def is_news(self) -> bool:
+        """Whether there is something to do that the lane did not know of."""
+        return bool(self.new or self.drop or self.go_on or self.confirm or self.stop or self.register)
 
 
 @dataclass(frozen=True)
 class Muster:
-    """Lanes that have started so far, those that have ended since included, and what they have to tell the user."""
+    """Lanes that have started so far, those that have ended since included, and notes of theirs for the user."""
 
     up: tuple[str, ...]
     notes: tuple[str, ...]

@@ -24,7 +24,7 @@ from tuner.errors import StudyError
 from tuner.lanes.capacity import read_capacity
 from tuner.lanes.fleet import Fleet, FleetSize, connected, fleet, size_fleet
 from tuner.lanes.lifeline import Lifeline
-from tuner.lanes.trial import TrialClient
+from tuner.lanes.trial_client import TrialClient
 from tuner.loopback import asks_for_token
 from tuner.lora.cost import Lengths
 from tuner.lora.known import known_costs

@@ -16,7 +16,7 @@ from tuner.study.events import BASELINE, RECOMMENDED, trial_id
 from tuner.study.objectives import Objective
 from tuner.study.pareto import front
 from tuner.study.points import Point
-from tuner.train.results import Measured
+from tuner.train.results import Candidate, Measured
 
 WAIT_SECONDS = 10.0
 
@@ -57,11 +57,11 @@ def confirm_front(
         StudyError: encoder, store or disk are no longer as they were.
     """
     trials = [
-        {
-            "trial": trial_id(trial.number),
-            "origin": trial.user_attrs["origin"],
-            "config": TrialConfig.model_validate_json(trial.user_attrs["config"]).model_dump(mode="json"),
-        }
+        Candidate(
+            trial_id(trial.number),
+            trial.user_attrs["origin"],
+            TrialConfig.model_validate_json(trial.user_attrs["config"]),
+        )
         for trial in selection.trials
     ]
     answer, left = Confirmation(), len(trials)

@@ -6,31 +6,28 @@ training, whose process has encoder and data in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from tuner.config import Precision, TrialConfig
+from tuner.config import Precision
 from tuner.errors import StudyError
 from tuner.study.folder import StudyFolder, adapter_name
 from tuner.study.points import Point, Scores
 from tuner.train.evaluate import attach_exported
 from tuner.train.export import export_adapter, make_card
 from tuner.train.pack import Pack
-from tuner.train.results import Measured, intervals, resample
+from tuner.train.results import Candidate, Measured, intervals, resample
 
 
-def confirm_trial(pack: Pack, candidate: Mapping[str, Any], run_dir: Path, precision: Precision) -> Measured:
+def confirm_trial(pack: Pack, candidate: Candidate, run_dir: Path, precision: Precision) -> Measured:
     """Export a trial to `run_dir/adapters/<trial>` and measure it from there.
 
     Args:
         pack: without members; its encoder, store and settings are those of the study.
-        candidate: `trial`, `origin` and `config` (as plain values).
 
     Raises:
         TunerError: a checkpoint is missing or of another configuration, or the disk is full.
     """
-    trial, config = candidate["trial"], TrialConfig.model_validate(candidate["config"])
+    trial, config = candidate.trial, candidate.config
     folder, checkpoint = StudyFolder(run_dir).adapter(trial), StudyFolder(run_dir).checkpoint(trial)
     if not checkpoint.exists():
         raise StudyError(f"{checkpoint}: missing, so {trial} cannot be exported; start a new study")
@@ -45,7 +42,7 @@ def confirm_trial(pack: Pack, candidate: Mapping[str, Any], run_dir: Path, preci
     metrics, draws = test.metrics(), resample(test)
     point = Point(
         trial=trial,
-        origin=candidate["origin"],
+        origin=candidate.origin,
         config=config,
         target_modules=card.target_modules,
         layers=card.layers,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.config import TrialConfig
 from tuner.study.objectives import WAYS
 from tuner.study.points import Difference, Point
 
@@ -57,6 +58,15 @@ class Retrieval:
             flat[f"{name}_N"] = len(results.rank_Q)
         recall = {f"recall@{k}": (flat[f"audio_to_text_R@{k}"] + flat[f"text_to_audio_R@{k}"]) / 2 for k in DEPTHS}
         return recall | flat
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial that may be on the front, as it travels from the driver to the lane that measures it."""
+
+    trial: str
+    origin: str
+    config: TrialConfig
 
 
 @dataclass(frozen=True)

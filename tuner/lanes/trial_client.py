@@ -3,19 +3,27 @@
 It imports no torch (about 200 MB instead of 650), so a hundred of them fit on a head node. With `reuse_actors` Tune
 hands the same actor to the next trial through `reset_config`; nothing is leased before the first `step`, because Tune
 calls `setup` for actors it then gives to another trial.
+
+What becomes of a trial at a rung is Tune's scheduler's to say, and the coordinator hears it by the next call from here:
+`step` asks for the next epoch, so the trial goes on; `reset_config` and `cleanup` give a stopped trial's lease back;
+`save_checkpoint`, which Tune calls for nothing but a pause, gives back that of a paused one.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
+from tuner.config import TrialConfig
 from tuner.lanes.capacity import HEAD_NODE
 from tuner.lanes.messages import Update
 
 WAIT_SECONDS = 10.0
+CURSOR_FILE = "cursor.json"
 
 
 class TrialClient(tune.Trainable):
@@ -23,7 +31,7 @@ class TrialClient(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """No CPU, and on the head. Said here because `tune.with_resources` would hide the class's name from Ray's
+        """No CPU, and on the head. Given here because `tune.with_resources` would hide the class's name from Ray's
         dashboard behind one of its own."""
         return tune.PlacementGroupFactory([{"CPU": 0, **HEAD_NODE}])
 
@@ -41,20 +49,28 @@ class TrialClient(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the next epoch and return its row, or `failed` with the reason when the lane gave the trial up.
 
-        A failure is a result, not an exception: Tune would start an exception's trial again, to fail again.
+        A failure is a result, not an exception: Tune would start an exception's trial again, to fail again. Of an epoch
+        with later ones behind it, `decided` is true: the trial went on after it, before its study was resumed.
         """
-        trial = self._trial
+        update = self._next_epoch()
+        if update.row is None:
+            self._release()
+            return {"trial": self._trial, update.kind: update.reason, "final": False, "done": True}
+        self._cursor += 1
+        final = self._cursor >= self.config["epochs"]
+        if final:
+            # At once: until Tune gives this actor to another trial, the place in the lane would be nobody's.
+            self._release()
+        return {**update.row, "trial": self._trial, "decided": update.later > 0, "final": final, "done": final}
+
+    def _next_epoch(self) -> Update:
+        """Wait for the next epoch, or for the end of the trial."""
         while True:
             if self._lease is None:
-                self._lease = self._ask("submit", trial, self.config["config"])
-            update: Update = self._ask("next", trial, self._lease, self._cursor, WAIT_SECONDS)
-            if update.kind == "epoch":
-                assert update.row is not None
-                self._cursor += 1
-                final = update.row["epoch"] >= self.config["epochs"]
-                return {**update.row, "trial": trial, "final": final, "done": final}
-            if update.kind in ("failed", "fatal"):
-                return {"trial": trial, update.kind: update.reason, "final": False, "done": True}
+                self._lease = self._ask("submit", self._trial, TrialConfig.model_validate(self.config["config"]))
+            update: Update = self._ask("next", self._trial, self._lease, self._cursor, WAIT_SECONDS)
+            if update.kind in ("epoch", "failed", "fatal"):
+                return update
             if update.kind == "unknown":
                 self._lease = None
 
@@ -68,13 +84,17 @@ class TrialClient(tune.Trainable):
         """Give the adapter's place in its lane free."""
         self._release()
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Weights live in the lane's checkpoints; a paused trial needs only to know how far it has read."""
-        return {"cursor": self._cursor}
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """The trial is paused: its place in the lane goes to another one.
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        Weights live in the lane's checkpoints; this only remembers how far the trial has read.
+        """
+        Path(checkpoint_dir, CURSOR_FILE).write_text(json.dumps(self._cursor), encoding="utf-8")
+        self._release()
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
         """Read on from where the paused trial stopped."""
-        self._cursor = (checkpoint or {}).get("cursor", 0)
+        self._cursor = int(json.loads(Path(str(checkpoint), CURSOR_FILE).read_text(encoding="utf-8")))
 
     def _release(self) -> None:
         if self._lease is not None:
