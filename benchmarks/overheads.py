@@ -20,7 +20,7 @@ from unittest.mock import patch
 import ray
 
 from benchmarks.recorded import RecordedSearch
-from tuner.config import EncoderRef, RunSettings
+from tuner.config import EncoderRef, RunSettings, TrialConfig
 from tuner.lanes.capacity import HEAD_NODE, read_capacity
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.fleet import Fleet, FleetSize
@@ -33,6 +33,7 @@ from tuner.search.lane_watch import LaneWatch
 from tuner.search.recorder import Recorder
 from tuner.search.request import SearchRequest
 from tuner.search.searcher import StudySearcher
+from tuner.search.stopping import NeverStop
 from tuner.study.config import DataFacts, EncoderFacts, StudyRecord
 from tuner.study.events import Message
 from tuner.study.folder import StudyFolder
@@ -115,7 +116,7 @@ class Clients:
         ask: Any = self.coordinator
         while self.left:
             trial = f"t{self.left.pop():04d}"
-            lease, cursor = await ask.submit.remote(trial, {}), 0
+            lease, cursor = await ask.submit.remote(trial, TrialConfig()), 0
             while cursor < self.epochs:
                 update = await ask.next.remote(trial, lease, cursor, WAIT_SECONDS)
                 cursor += update.kind == "epoch"
@@ -173,7 +174,7 @@ def run_without_training(record: RecordedSearch, path: Path, trials: int, epochs
         done = serving.run.remote(lanes)
         size, lanes_up = FleetSize(lanes, 1, False, read_capacity()), Fleet(coordinator, name, lanes, 1)
         request = SearchRequest(study, folder)
-        search = _Search(request, study, journal, view, record.known, size, (), patience)
+        search = _Search(request, study, journal, view, record.known, size, (), patience, NeverStop())
         with timed(own):
             started, thread = time.perf_counter(), time.thread_time()
             database = search._open_study()

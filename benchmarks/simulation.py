@@ -39,7 +39,7 @@ from tuner.study.folder import StudyFolder
 from tuner.study.journal import Journal
 from tuner.study.objectives import DEFAULT_OBJECTIVES, choose_objectives
 from tuner.study.points import Point, Scores
-from tuner.train.results import Measured
+from tuner.train.results import Candidate, Measured
 
 METRIC, PARAMETERS = DEFAULT_OBJECTIVES
 OBJECTIVES = choose_objectives(DEFAULT_OBJECTIVES)
@@ -147,7 +147,7 @@ class _Simulation:
         self.outcome.trials_end = now()
         selection = select(self.study, OBJECTIVES)
         self.outcome.confirmed = len(selection.trials)
-        front = [{"trial": trial_id(trial.number)} for trial in selection.trials]
+        front = [Candidate(trial_id(trial.number), SAMPLED, TrialConfig()) for trial in selection.trials]
         while (await self.call(self.coordinator.confirm(front, WAIT_SECONDS))).points is None:
             pass
         await self.coordinator.stop()
@@ -197,7 +197,6 @@ class _Simulation:
             running, idle = running - 1, [*idle, client]
             self.outcome.values.append((row[METRIC], row[PARAMETERS]))
             if (remaining := self.plan.trials - len(self.outcome.values)) < self.plan.gpus:
-                await client.leave()
                 await self._let_go(remaining)
 
     async def _let_go(self, remaining: int) -> None:
@@ -237,7 +236,7 @@ class _Simulation:
                 continue
             for trial, config in orders.new:
                 held[trial] = []
-                configs[trial] = self.record.train(TrialConfig.model_validate(config))
+                configs[trial] = self.record.train(config)
                 times.calls += overheads.change + CALLS_OF_A_CHANGE * overheads.call
             for trial in [trial for trial in held if len(held[trial]) < self.record.epochs]:
                 rows, pace = configs[trial]
@@ -248,12 +247,12 @@ class _Simulation:
                 await self.call(self.coordinator.report(name, trial, held[trial]))
                 times.calls += CALLS_OF_AN_EPOCH * overheads.call
 
-    async def _confirm(self, lane: str, candidate: dict[str, Any]) -> None:
+    async def _confirm(self, lane: str, candidate: Candidate) -> None:
         await asyncio.sleep(self.record.overheads.confirm_epochs * self.plan.epoch_seconds)
         point = Point(
-            trial=candidate["trial"],
-            origin=SAMPLED,
-            config=TrialConfig(),
+            trial=candidate.trial,
+            origin=candidate.origin,
+            config=candidate.config,
             lora_parameters=0,
             trainable_parameters=0,
             validation=Scores(),
@@ -271,7 +270,6 @@ class _Client:
         # The part of Tune's trial that the recorder uses.
         self.trial: Any = SimpleNamespace(config={}, last_result=None)
         self.go_on = asyncio.Event()
-        self._lease: tuple[str, int] | None = None
         self._started = False
 
     def begin(self, name: str, suggestion: dict[str, Any]) -> None:
@@ -283,21 +281,22 @@ class _Client:
         simulation, overheads = self.simulation, self.simulation.record.overheads
         coordinator = simulation.coordinator
         await self._be_ready(overheads.client_start, overheads.change)
+        config = TrialConfig.model_validate(suggestion["config"])
         trial, epochs, cursor = suggestion["trial"], suggestion["epochs"], 0
         lease = None
         while True:
             if lease is None:
-                lease = await simulation.call(coordinator.submit(trial, suggestion["config"]))
-                self._lease = (trial, lease)
+                lease = await simulation.call(coordinator.submit(trial, config))
             update = await simulation.call(coordinator.next(trial, lease, cursor, WAIT_SECONDS))
-            if update.kind == "unknown":
-                lease = None
             if update.kind != "epoch":
                 assert update.kind in ("wait", "unknown"), f"{trial}: {update}"
+                lease = lease if update.kind == "wait" else None
                 continue
             assert update.row is not None
             cursor += 1
             final = cursor == epochs
+            if final:
+                await simulation.call(coordinator.cancel(trial, lease))
             self.go_on.clear()
             simulation.events.put_nowait((self, {**update.row, "trial": trial, "final": final, "done": final}))
             if final:
@@ -311,10 +310,3 @@ class _Client:
             self._started = True
             return
         await asyncio.sleep(change)
-        await self.leave()
-
-    async def leave(self) -> None:
-        """Give the place in the lane free."""
-        if self._lease is not None:
-            await self.simulation.call(self.simulation.coordinator.cancel(*self._lease))
-            self._lease = None

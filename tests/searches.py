@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,15 @@ finally:
 
 @dataclass
 class Runs:
-    """A folder of studies, with a cache of its own, and drivers started on it one after another."""
+    """A folder of studies, with a cache of its own, and drivers started on it one after another.
+
+    Attributes:
+        before: Python that each driver runs first.
+    """
 
     folder: Path
     tiny: Tiny
+    before: str = field(default="", kw_only=True)
 
     @property
     def study(self) -> Path:
@@ -57,7 +62,16 @@ class Runs:
     @contextmanager
     def driver(self, *options: object) -> Iterator[Driver]:
         """A search in a process group of its own; whatever is left of it at the end is killed."""
-        command = [sys.executable, "-c", SCRIPT, "search", "--runs", "runs", "--no-dashboard", *map(str, options)]
+        command = [
+            sys.executable,
+            "-c",
+            self.before + SCRIPT,
+            "search",
+            "--runs",
+            "runs",
+            "--no-dashboard",
+            *map(str, options),
+        ]
         environment = {**os.environ, "TUNER_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command,

@@ -532,3 +532,122 @@ def test_what_lanes_notice_is_kept_for_the_user() -> None:
         assert await coordinator.muster() == Muster(("a",), ("a: no driver",))
 
     drive(scenario)
+
+
+# A lane that waits at a rung
+
+
+async def at_a_rung(coordinator: Coordinator) -> int:
+    """A trial that its lane has trained to a rung after its first epoch. Returns its lease."""
+    lease = await coordinator.submit("t0", CONFIG)
+    await coordinator.register("lane", "attempt", "fp32")
+    await coordinator.poll("lane", [], 1, 0)
+    await coordinator.report("lane", "t0", rows(1))
+    return lease
+
+
+async def wait(coordinator: Coordinator, timeout: float = LONG) -> Orders:
+    return await coordinator.poll("lane", ["t0"], 1, timeout, ["t0"])
+
+
+def test_the_next_call_of_a_trial_is_its_decision_to_go_on() -> None:
+    """Reading the epoch is not yet the decision; asking for the next one is, and the lane hears it at once."""
+
+    async def scenario(coordinator: Coordinator) -> None:
+        lease = await at_a_rung(coordinator)
+        assert (await coordinator.next("t0", lease, 0, 0)).row == rows(1)[0]
+        waiting = asyncio.create_task(wait(coordinator))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        asked = asyncio.create_task(coordinator.next("t0", lease, 1, LONG))
+        assert await asyncio.wait_for(waiting, SOON) == Orders(go_on=("t0",))
+        assert await wait(coordinator, 0) == Orders(go_on=("t0",)), "the answer may be lost: the next one says it again"
+        await coordinator.report("lane", "t0", rows(1, 2))
+        assert await asyncio.wait_for(asked, SOON) == Update("epoch", row=rows(2)[0])
+
+    drive(scenario)
+
+
+def test_a_trial_that_is_stopped_or_paused_at_a_rung_leaves_its_place_at_once() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        lease = await at_a_rung(coordinator)
+        await coordinator.next("t0", lease, 0, 0)
+        await coordinator.submit("t1", CONFIG)
+        waiting = asyncio.create_task(wait(coordinator))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await coordinator.cancel("t0", lease)
+        assert await asyncio.wait_for(waiting, SOON) == Orders(new=(("t1", CONFIG),), drop=("t0",))
+
+    drive(scenario)
+
+
+def test_a_trial_that_reads_its_past_again_has_not_decided_yet() -> None:
+    """A resumed study's trial reads three epochs, of which the last is at a rung."""
+
+    async def scenario(coordinator: Coordinator) -> None:
+        lease = await coordinator.submit("t0", CONFIG)
+        await coordinator.register("lane", "attempt", "fp32")
+        await coordinator.poll("lane", [], 1, 0)
+        await coordinator.report("lane", "t0", rows(1, 2, 3))
+        for cursor, later in ((0, 2), (1, 1), (2, 0)):
+            assert (await coordinator.next("t0", lease, cursor, 0)).later == later
+            assert await wait(coordinator, 0) == Orders()
+        await coordinator.next("t0", lease, 3, 0)
+        assert await wait(coordinator, 0) == Orders(go_on=("t0",))
+
+    drive(scenario)
+
+
+def test_a_lane_that_was_started_again_waits_for_the_same_decision() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        lease = await at_a_rung(coordinator)
+        await coordinator.next("t0", lease, 0, 0)
+        await coordinator.register("lane", "second", "fp32")
+        assert await new_of(coordinator, "lane", []) == ["t0"]
+        await coordinator.report("lane", "t0", rows(1))
+        assert await wait(coordinator, 0) == Orders(alone="t0")
+        await coordinator.next("t0", lease, 1, 0)
+        assert (await wait(coordinator, 0)).go_on == ("t0",)
+
+    drive(scenario)
+
+
+def test_a_coordinator_that_was_started_again_hears_the_decision_from_the_trial() -> None:
+    """Whether the trial goes on, or is stopped before the new coordinator has heard of it."""
+
+    async def scenario(coordinator: Coordinator) -> None:
+        await coordinator.register("lane", "attempt", "fp32")
+        assert await wait(coordinator) == Orders(drop=("t0",)), "nobody knows the trial: its place is free"
+        await coordinator.cancel("t0", 17)
+        assert (await coordinator.next("t0", 17, 1, 0)).kind == "unknown"
+        lease = await coordinator.submit("t0", CONFIG)
+        await coordinator.next("t0", lease, 1, 0)
+        assert await new_of(coordinator, "lane", []) == ["t0"]
+        await coordinator.report("lane", "t0", rows(1))
+        assert await wait(coordinator) == Orders(go_on=("t0",)), "the trial had asked for its second epoch before"
+
+    drive(scenario)
+
+
+def test_a_decision_that_never_comes_does_not_hold_the_place_for_ever(clock: SimpleNamespace) -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        await at_a_rung(coordinator)
+        clock.now += LEASE_SECONDS + 1
+        assert await wait(coordinator, 0) == Orders(drop=("t0",))
+
+    drive(scenario)
+
+
+def test_members_of_a_pack_do_not_wait_for_each_other() -> None:
+    async def scenario(coordinator: Coordinator) -> None:
+        leases = {trial: await coordinator.submit(trial, CONFIG) for trial in ("t0", "t1")}
+        await coordinator.register("lane", "attempt", "fp32")
+        await coordinator.poll("lane", [], 2, 0)
+        for trial in leases:
+            await coordinator.report("lane", trial, rows(1))
+        await coordinator.next("t1", leases["t1"], 1, 0)
+        orders = await coordinator.poll("lane", ["t0", "t1"], 2, LONG, ["t0", "t1"])
+        assert orders == Orders(go_on=("t1",))
+
+    drive(scenario)

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from tuner.config import LoraSpec, OptimSpec, TrialConfig
 from tuner.search import searcher as module
 from tuner.search.request import RECOMMENDATION, fixed_configurations
-from tuner.search.searcher import FINISHED, StudySearcher
+from tuner.search.searcher import FINISHED, NOT_NOW, StudySearcher
 from tuner.space import SearchSpace, load_space
 from tuner.study.events import BASELINE, RECOMMENDED
 from tuner.study.objectives import TRAINABLE_PARAMETERS, Objective, choose_objectives
@@ -123,9 +123,7 @@ def test_a_configuration_is_what_its_parameters_say(tmp_path: Path) -> None:
         ({"epoch": 2, "final": True}, False, TrialState.FAIL),
         ({"failed": "loss became nan", "final": False}, False, TrialState.FAIL),
         ({"failed": "loss became nan", "epoch": 2, "recall@10": 0.5, "final": True}, False, TrialState.FAIL),
-        ({"epoch": 2, "recall@10": 0.5, "final": True}, True, TrialState.FAIL),
-        (None, True, TrialState.FAIL),
-        (None, False, TrialState.FAIL),
+        (None, False, TrialState.PRUNED),  # stopped while it was paused
     ],
 )
 def test_the_study_is_told_the_truth(
@@ -210,13 +208,48 @@ def test_more_trials_extend_a_finished_study(tmp_path: Path) -> None:
     assert {suggestion["origin"] for suggestion in extended} == {"sampled"}
 
 
+def test_a_trial_whose_own_actor_died_is_suggested_again(tmp_path: Path) -> None:
+    """Nothing was wrong with the trial: the same configuration under the same name, before anything new."""
+    bench = Bench(tmp_path)
+    searcher = bench.searcher(trials=3)
+    first = searcher.suggest("a")
+    searcher.on_trial_complete("a", result_of(first), error=True)
+    assert (searcher.lost, searcher.is_lost("t0000"), searcher.is_lost("t0001")) == (1, True, False)
+    assert states(bench) == [TrialState.RUNNING], "and is resumed if the driver is killed now"
+    assert searcher.suggest("b") == first
+    assert searcher.lost == 0
+    searcher.on_trial_complete("b", result_of(first))
+    assert [suggestion["trial"] for suggestion in run(searcher)] == ["t0001", "t0002"]
+    assert states(bench) == [TrialState.COMPLETE] * 3
+
+
+def test_a_trial_whose_actor_dies_again_and_again_fails(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    searcher = bench.searcher(trials=1)
+    for attempt in range(module.LOSSES_PER_TRIAL):
+        assert searcher.suggest(str(attempt))["trial"] == "t0000"
+        searcher.on_trial_complete(str(attempt), None, error=True)
+    assert states(bench) == [TrialState.FAIL]
+    assert searcher.suggest("another") == FINISHED
+
+
+def test_nothing_is_suggested_while_there_is_no_place(tmp_path: Path) -> None:
+    searcher = Bench(tmp_path).searcher(trials=2)
+    places = [True, False, True, False]
+    searcher.has_place = lambda: places.pop(0)
+    assert searcher.suggest("a")["trial"] == "t0000"
+    assert searcher.suggest("b") == NOT_NOW
+    assert searcher.suggest("b")["trial"] == "t0001"
+    assert searcher.suggest("c") == FINISHED, "whether or not there is a place"
+
+
 def test_failed_trials_count_towards_the_total(tmp_path: Path) -> None:
     """Else a space in which everything fails would be searched for ever."""
     bench = Bench(tmp_path)
     searcher = bench.searcher(trials=3)
     for number in range(3):
         searcher.suggest(str(number))
-        searcher.on_trial_complete(str(number), None, error=True)
+        searcher.on_trial_complete(str(number), {"failed": "loss became nan", "final": False})
     assert searcher.suggest("4") == FINISHED
     assert bench.searcher(trials=3).remaining == 0
 

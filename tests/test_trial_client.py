@@ -176,7 +176,58 @@ def test_a_paused_trial_reads_on_from_where_it_stopped(
     bench.when_asked(monkeypatch, lane)
     client = bench.client("t0")
     client.step()
-    saved = client.save_checkpoint(str(tmp_path))
+    client.save_checkpoint(str(tmp_path))
     other = bench.client("t0")
-    other.load_checkpoint(saved)
+    other.load_checkpoint(str(tmp_path))
+
+    def again() -> None:
+        assert bench.poll([]) == Orders(new=(("t0", TrialConfig()),))
+        bench.report("t0", 2)
+
+    bench.when_asked(monkeypatch, again)
     assert other.step()["epoch"] == 2
+
+
+def test_a_paused_trial_gives_its_place_back(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tune keeps the actor of a paused trial for another one, which may be long in coming."""
+
+    def lane() -> None:
+        bench.poll([])
+        bench.report("t0", 1)
+
+    bench.when_asked(monkeypatch, lane)
+    client = bench.client("t0")
+    client.step()
+    assert bench.poll(["t0"]) == Orders()
+    client.save_checkpoint(str(tmp_path))
+    assert bench.poll(["t0"]) == Orders(drop=("t0",))
+
+
+@pytest.mark.parametrize("end", ["last epoch", "failure"])
+def test_a_trial_that_has_ended_gives_its_place_back(bench: Bench, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    def lane() -> None:
+        bench.poll([])
+        bench.report("t0", EPOCHS)
+        if end == "failure":
+            bench.actor.fail.remote("lane", "t0", "loss became nan")
+
+    bench.when_asked(monkeypatch, lane)
+    config = bench.config("t0") | {"epochs": EPOCHS + (end == "failure")}
+    client = TrialClient(config=config)
+    while not client.step()["done"]:
+        pass
+    # A trial that failed has left its lane already.
+    assert bench.actor.next.remote("t0", client._lease or 0, 0, 0).kind == "unknown"
+    assert bench.poll(["t0"]) == Orders(drop=("t0",))
+
+
+def test_an_epoch_with_later_ones_behind_it_is_decided(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed trial reads its past again, of which nothing is to be decided twice."""
+
+    def lane() -> None:
+        bench.poll([])
+        bench.report("t0", 2)
+
+    bench.when_asked(monkeypatch, lane)
+    client = TrialClient(config=bench.config("t0") | {"epochs": 3})
+    assert [client.step()["decided"] for _ in range(2)] == [True, False]

@@ -147,7 +147,7 @@ class LaneWorker:
         """Take orders, then train one epoch of the members that are least far. False when told to stop."""
         self.guard.leave_in_time(self.pack.members.values())
         waiting = self._waiting()
-        orders: Orders = self.group.broadcast(self._poll(waiting))
+        orders = self.group.broadcast(self._poll(waiting))
         self.metrics.spent("waiting")
         if orders.stop:
             return False
@@ -184,12 +184,12 @@ class LaneWorker:
         rungs, epochs = self.config.rungs, self.config.settings.epochs
         return {t for t, m in self.pack.members.items() if is_due(m.epoch, rungs, epochs) and not m.steps}
 
-    def _poll(self, waiting: set[str]) -> Orders | None:
-        """Ask for orders; with nothing to train, the coordinator answers when there is something new."""
+    def _poll(self, waiting: set[str]) -> Orders:
+        """Rank 0 asks for orders; with nothing to train, the coordinator answers when there is something new."""
         wait = 0.0 if self._behind().keys() - waiting else POLL_SECONDS
         held = list(self.pack.members)
         orders: Orders | None = self.tell("poll", held, self.config.capacity, wait, sorted(waiting))
-        return orders
+        return orders or Orders()
 
     def _fetch(self, trials: list[str]) -> str | None:
         """Have checkpoints of these trials on each node of the lane; says what is wrong with the storage, on all."""

@@ -48,7 +48,9 @@ from tuner.search.request import (
     open_record,
     path_note,
 )
+from tuner.search.scheduler import RungScheduler
 from tuner.search.searcher import StudySearcher
+from tuner.search.stopping import NeverStop, StoppingRule
 from tuner.study.config import StudyRecord
 from tuner.study.events import EndState, Message, TrialStarted, View
 from tuner.study.folder import TUNE, adapter_name
@@ -71,6 +73,7 @@ def run_search(
     resume: bool = False,
     lost: Callable[[], None] | None = None,
     lease: HeadLease | None = None,
+    stopping: StoppingRule | None = None,
 ) -> ConfirmedFront:
     """Run (or go on with) a study and write its front and report.
 
@@ -78,6 +81,7 @@ def run_search(
         lost: called on a thread when the cluster has gone, to end a process that waits for it in vain; None: Ray ends
             it after a minute.
         lease: on the study in its storage, held for as long as this runs; None: no other head is looked for.
+        stopping: which trials stop or pause before their last epoch; None: none does.
 
     Raises:
         StudyError: the study exists (without `resume`), no trial could be trained, or another head has taken it over.
@@ -97,7 +101,8 @@ def run_search(
             with ExitStack() as copies:
                 with undone():
                     copies.enter_context(mirrored(request.folder.path, request.study_storage, lease))
-                front = _search(request, record, view, spec, store, undone, Lifeline(lost))
+                rule = stopping or NeverStop()
+                front = _search(request, record, view, spec, store, undone, Lifeline(lost), rule)
         finally:
             view.close()
     return front
@@ -111,6 +116,7 @@ def _search(
     store: Store,
     undone: Undone,
     lifeline: Lifeline,
+    stopping: StoppingRule,
 ) -> ConfirmedFront:
     # The report is drawn while lanes and Ray end: leaving `background` waits for it.
     with ThreadPoolExecutor(1) as background, ExitStack() as cluster:
@@ -131,7 +137,7 @@ def _search(
         patience = Patience(lambda text: view.show(Message(text=text)))
         costs = partial(_known_costs, spec, store.text_dim, _training_lengths(store))
         with closing(Journal(request.folder, patience)) as journal:
-            search = _Search(request, record, journal, view, costs, size, loggers, patience)
+            search = _Search(request, record, journal, view, costs, size, loggers, patience, stopping)
             front, report = search.run(background)
     report.result()
     return front
@@ -168,6 +174,7 @@ class _Search:
     size: FleetSize
     loggers: Sequence[ReadableTrials]
     patience: Patience
+    stopping: StoppingRule
 
     def run(self, background: Executor) -> tuple[ConfirmedFront, Future[Path]]:
         """Lanes load while the study's database is opened; then trials, then the front, then the report behind it."""
@@ -183,6 +190,7 @@ class _Search:
             self.size,
             request.study_storage,
             embedded=request.address is None,
+            rungs=self.stopping.rungs,
         ) as lanes:
             study = self._open_study()
             watch = LaneWatch(lanes, self.size, request.fleet.workers, self.view)
@@ -236,21 +244,45 @@ class _Search:
     def _tune(self, study: optuna.Study, searcher: StudySearcher, lanes: Fleet, watch: LaneWatch) -> None:
         watch.remaining = lambda: searcher.remaining
         watch.front = lambda: len(select(study, self.record.objectives).trials)
-        recorder = Recorder(self.journal, self.view, self.record.objectives, lambda: self._note_precision(lanes))
+        events = self.journal.history.events()
+        scheduler = RungScheduler(self.stopping, lanes.slots, self.record.settings.epochs, events)
+        searcher.has_place = scheduler.has_place
+        recorder = Recorder(
+            self.journal, self.view, self.record.objectives, lambda: self._note_precision(lanes), searcher.is_lost
+        )
         recorder.replay()
         # Our own journal and view take the place of Tune's loggers and tables; the database that of its snapshots.
         os.environ.update(
-            TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0", TUNE_GLOBAL_CHECKPOINT_S="86400"
+            TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+            TUNE_PRINT_ALL_TRIAL_ERRORS="0",
+            RAY_AIR_NEW_OUTPUT="0",
+            TUNE_GLOBAL_CHECKPOINT_S="86400",
         )
+        tune_config = tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            # The searcher knows when it has no more: a trial whose actor died is suggested again.
+            num_samples=-1,
+            max_concurrent_trials=lanes.slots,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
+        )
+        self._fit(tune_config, recorder, watch)
+        # Trials whose actor died after Tune had asked for the last one: Tune asks no more, a second run does.
+        while 0 < searcher.remaining == searcher.lost:
+            self._fit(tune_config, recorder, watch)
+        if searcher.remaining > 0:
+            raise KeyboardInterrupt
+
+    def _fit(self, tune_config: tune.TuneConfig, recorder: Recorder, watch: LaneWatch) -> None:
+        """Let Tune run trials until the searcher has no more to suggest, or until it is interrupted.
+
+        Raises:
+            StudyError: no trial of this study can be trained.
+        """
         tuner = tune.Tuner(
             TrialClient,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=searcher.remaining,
-                max_concurrent_trials=lanes.slots,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
-            ),
+            tune_config=tune_config,
             run_config=tune.RunConfig(
                 name=TUNE,
                 storage_path=str(self.request.folder.path.resolve()),
@@ -270,8 +302,6 @@ class _Search:
                 raise
         if recorder.fatal:
             raise StudyError(f"study {self.record.study}: {recorder.fatal}")
-        if searcher.remaining > 0:
-            raise KeyboardInterrupt
 
     def _note_precision(self, lanes: Fleet) -> bool:
         """A resumed study must go on in the number format it began with, on whatever machine. False: not yet known, by

@@ -22,16 +22,24 @@ class Recorder(tune.Callback):
 
     Args:
         settled: called at each epoch, until it returns that it has what it needs of a first one.
+        comes_again: whether a trial whose actor died will be suggested again.
 
     Attributes:
         fatal: why the whole search ended, if it did.
     """
 
     def __init__(
-        self, journal: Journal, view: View, objectives: Sequence[Objective], settled: Callable[[], bool]
+        self,
+        journal: Journal,
+        view: View,
+        objectives: Sequence[Objective],
+        settled: Callable[[], bool],
+        comes_again: Callable[[str], bool] = lambda trial: False,
     ) -> None:
         self.journal, self.view, self.objectives, self.settled = journal, view, objectives, settled
+        self.comes_again = comes_again
         self.fatal: str | None = None
+        self._started: set[str] = set()
         self._warned: set[str] = set()
         self._settled = False
         self._written = 0.0
@@ -50,8 +58,11 @@ class Recorder(tune.Callback):
         self._show_front()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
-        """Write the configuration down."""
+        """Write the configuration down; Tune starts a trial again that was paused, or whose actor died."""
         event = started(trial)
+        if event.trial in self._started:
+            return
+        self._started.add(event.trial)
         self.journal.start(event)
         self.view.show(event)
 
@@ -89,7 +100,11 @@ class Recorder(tune.Callback):
             self._end(trial, "complete" if result.get("final") else "stopped", None)
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
-        """The trial's own actor died more often than Tune starts it again."""
+        """The trial's own actor died, more often than Tune starts it again or before Tune had started it."""
+        name = trial.config["trial"]
+        if self.comes_again(name):
+            self.view.show(Message(text=f"{name}: its trial actor died; the trial goes on from its last checkpoint"))
+            return
         error = trial.get_error()
         self._end(trial, "failed", f"trial actor: {type(error).__name__}" if error else "trial actor died")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import cast
@@ -30,8 +31,12 @@ from tuner.study.objectives import Objective
 # Random points before TPE models anything; few, since a study of LoRA configurations has tens of trials, not thousands.
 STARTUP_TRIALS = 6
 
+# A trial whose own actor died so often, each time more often than Tune starts it again, has failed.
+LOSSES_PER_TRIAL = 3
 # Tune's word for the end of a search, which its own annotation of `suggest` does not know.
 FINISHED = cast(dict[str, object], Searcher.FINISHED)
+# And for "ask again later".
+NOT_NOW = cast(dict[str, object], None)
 # What Tune is handed for a trial, and what it hands back after an epoch.
 Values = dict[str, object]
 
@@ -48,6 +53,9 @@ class StudySearcher(Searcher):
         trials: total number of trials of the study, counting finished ones.
         extra: keys added to every configuration that Tune hands to a trial.
         seed: of the sampler and of every trial's initialisation.
+
+    Attributes:
+        has_place: set when known: whether a new trial may begin now. Tune's own limit would count paused trials.
     """
 
     def __init__(
@@ -65,7 +73,10 @@ class StudySearcher(Searcher):
         super().__init__()
         self.study, self.space, self.objectives, self.known = study, space, objectives, known
         self.trials, self.extra, self.seed = trials, dict(extra), seed
+        self.has_place: Callable[[], bool] = lambda: True
         self._numbers: dict[str, int] = {}
+        self._lost: list[FrozenTrial] = []  # trials whose actor died, to be suggested again
+        self._losses: Counter[int] = Counter()
         self._interrupted = self._take_over()
         self._model = _copy_in_memory(study)
         self._in_memory = {trial.number: place for place, trial in enumerate(study.get_trials(deepcopy=False))}
@@ -95,11 +106,27 @@ class StudySearcher(Searcher):
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         return running + max(0, self.trials - len(trials))
 
+    @property
+    def lost(self) -> int:
+        """How many trials wait to be suggested again because their actor died."""
+        return len(self._lost)
+
+    def is_lost(self, trial: str) -> bool:
+        """Whether this trial's actor died and the trial will be suggested again."""
+        return any(trial_id(lost.number) == trial for lost in self._lost)
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Tune's limit is not needed: `has_place` is."""
+        return True
+
     def suggest(self, tune_id: str) -> Values:
-        """The next configuration for Tune, or FINISHED."""
-        if not self._interrupted and not self._drawn and self._started() >= self.trials:
+        """The next configuration for Tune, FINISHED, or NOT_NOW while there is no place."""
+        again = self._lost or self._interrupted
+        if not again and not self._drawn and self._started() >= self.trials:
             return FINISHED
-        trial = self._interrupted.pop(0) if self._interrupted else self._start()
+        if not self.has_place():
+            return NOT_NOW
+        trial = again.pop(0) if again else self._start()
         self._numbers[tune_id] = trial.number
         return self.suggestion(trial)
 
@@ -159,20 +186,38 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
         """Tell the study: COMPLETE only for a trial that ran to its end, PRUNED for a stopped one, else FAIL.
 
-        A trial that met a fatal failure of the whole search stays RUNNING, so that resuming trains it.
+        A trial that met a fatal failure of the whole search stays RUNNING, so that resuming trains it; so does one
+        whose own actor died, which is suggested again: nothing was wrong with the trial.
         """
         number = self._numbers.get(trial_id)
-        result = result or {}
-        if number is None or result.get("fatal"):
+        if number is None or (result and result.get("fatal")):
             return
-        values = [] if error or result.get("failed") or "epoch" not in result else self._values(number, result)
-        if not values or not all(map(math.isfinite, values)):
-            self._tell(number, state=TrialState.FAIL)
-        elif result.get("final"):
-            self._tell(number, values)
-        else:
-            self._tell(number, state=TrialState.PRUNED)
+        if not (error and self._comes_again(number)):
+            self._tell(number, *self._outcome(number, result, error))
         del self._numbers[trial_id]
+
+    def _outcome(
+        self, number: int, result: Mapping[str, object] | None, error: bool
+    ) -> tuple[list[float] | None, TrialState]:
+        if result is None and not error:
+            # Tune gives no result of a trial that it stops while it is paused.
+            return None, TrialState.PRUNED
+        if error or not result or result.get("failed") or "epoch" not in result:
+            return None, TrialState.FAIL
+        values = self._values(number, result)
+        if not all(map(math.isfinite, values)):
+            return None, TrialState.FAIL
+        return (values, TrialState.COMPLETE) if result.get("final") else (None, TrialState.PRUNED)
+
+    def _comes_again(self, number: int) -> bool:
+        """Have a trial whose actor died suggested again, unless that happens too often."""
+        self._losses[number] += 1
+        if self._losses[number] >= LOSSES_PER_TRIAL:
+            return False
+        lost = copy(self._model.get_trials(deepcopy=False)[self._in_memory[number]])
+        lost.number = number
+        self._lost.append(lost)
+        return True
 
     def _values(self, number: int, result: Mapping[str, object]) -> list[float]:
         """One value per objective: measured in this epoch, or known of the configuration."""
@@ -181,7 +226,7 @@ class StudySearcher(Searcher):
         epoch = EpochDone.from_row(trial_id(number), result)
         return [known[o.name] if o.kind == "known" else epoch.metric(o.name) for o in self.objectives]
 
-    def _tell(self, number: int, values: list[float] | None = None, state: TrialState | None = None) -> None:
+    def _tell(self, number: int, values: list[float] | None, state: TrialState) -> None:
         """Tell the database and, once it knows, the model."""
         self.study.tell(number, values, state=state)
         self._model.tell(self._in_memory[number], values, state=state)
