@@ -213,3 +213,15 @@ def test_tune_pickles_nothing_of_the_scheduler() -> None:
     tune = Tune(NeverStop())
     tune.run(0)
     assert vars(pickle.loads(pickle.dumps(tune.scheduler))) == {}
+
+
+def test_a_place_is_kept_for_a_promoted_trial_before_tune_looks_at_it() -> None:
+    """Tune asks the searcher for a new trial first."""
+    tune = Tune(Scripted((1,), PAUSED, {("t0000", 1): ("t0001", 1)}))
+    first = tune.run(0)
+    assert tune.report(first, 1) == "PAUSE"
+    second = tune.run(1)
+    tune.report(second, 1)
+    tune.end(second, {"epoch": 1, "final": True})
+    assert not tune.scheduler.has_place()
+    assert tune.choose() == "t0000"

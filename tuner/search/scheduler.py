@@ -58,7 +58,13 @@ class RungScheduler(FIFOScheduler):
         return {}
 
     def has_place(self) -> bool:
-        """Whether a new trial may begin: a place is free, and no paused trial is to have it."""
+        """Whether a new trial may begin: a place is free, and no paused trial is to have it.
+
+        Tune asks for new trials before it looks at paused ones, so what is new is weighed here first.
+        """
+        if self._news:
+            paused = {_name(trial) for trial in self._paused()}
+            self._promoted |= {name for name in paused if self._decide(name) is Decision.GO_ON}
         return self._free() > len(self._promoted)
 
     def on_trial_add(self, tune_controller: Stopper, trial: TuneTrial) -> None:
