@@ -316,6 +316,39 @@ def test_the_copy_in_memory_may_number_its_trials_otherwise(tmp_path: Path) -> N
     ]
 
 
+TWO = {
+    "name": "two",
+    "description": "Two configurations.",
+    "target_sets": {"pair": ["q_proj", "v_proj"]},
+    "fixed": {"lora.targets": "pair"},
+    "dimensions": {"lora.rank": {"choice": [4, 8]}},
+}
+
+
+def test_no_configuration_is_trained_twice_and_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
+    """A repeat would be bit for bit the trial that is there."""
+    bench = Bench(tmp_path, SearchSpace.from_dict(TWO, "here"))
+    searcher = bench.searcher(trials=8)
+    told = run(searcher)
+    ranks = [(suggestion["config"]["lora"] or {}).get("rank") for suggestion in told]
+    assert [suggestion["origin"] for suggestion in told[:2]] == [BASELINE, RECOMMENDED]
+    assert set(ranks[2:]) == {4, 8}
+    assert searcher.exhausted == "space two has no further configuration; the search ends after 4 trials"
+    assert searcher.remaining == 0
+    resumed = bench.searcher(trials=8)
+    assert run(resumed) == []
+    assert resumed.exhausted and resumed.remaining == 0
+    assert TrialState.RUNNING not in states(bench)
+
+
+def test_a_coarse_space_gives_other_configurations_also_once_the_sampler_models(tmp_path: Path) -> None:
+    values = TWO | {"dimensions": {"lora.rank": {"int": [1, 30]}}}
+    bench = Bench(tmp_path, SearchSpace.from_dict(values, "here"))
+    told = run(bench.searcher(trials=28))
+    configs = [str(suggestion["config"]) for suggestion in told]
+    assert len(set(configs)) == len(configs) == 28
+
+
 def test_tune_pickles_nothing_of_the_searcher(tmp_path: Path) -> None:
     """Tune snapshots its searcher, but the study's database is the state and grows with every trial."""
     searcher = Bench(tmp_path).searcher()

@@ -350,12 +350,17 @@ def test_other_files_are_not_replaced_by_a_store(server: BucketServer, tiny: Tin
 
 
 def test_prepare_puts_its_store_where_it_is_told(
-    server: BucketServer, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: BucketServer,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What it prepares is `test_prepare.py`'s; here it has prepared it before."""
     monkeypatch.setattr("tuner.commands.actions.stores.make_store", lambda *given: tiny.store_folder)
     uri = server.uri("prepared")
-    arguments = ["prepare", "manifest.csv", "--encoder", "e", "--text-encoder", "t", "--out", uri]
+    (tmp_path / "manifest.csv").touch()
+    arguments = ["prepare", str(tmp_path / "manifest.csv"), "--encoder", "e", "--text-encoder", "t", "--out", uri]
     monkeypatch.setattr(sys, "argv", ["tuner", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import optuna
 from optuna.trial import TrialState
-from ray import tune
 
 from tuner.config import TrialConfig
 from tuner.data.remote import open_store
@@ -24,7 +22,6 @@ from tuner.errors import StudyError
 from tuner.lanes.capacity import read_capacity
 from tuner.lanes.fleet import Fleet, FleetSize, connected, fleet, size_fleet
 from tuner.lanes.lifeline import Lifeline
-from tuner.lanes.trial_client import TrialClient
 from tuner.loopback import asks_for_token
 from tuner.lora.cost import Lengths
 from tuner.lora.known import known_costs
@@ -51,9 +48,10 @@ from tuner.search.request import (
 from tuner.search.scheduler import RungScheduler
 from tuner.search.searcher import StudySearcher
 from tuner.search.stopping import NeverStop, StoppingRule
+from tuner.search.tune_run import run_trials
 from tuner.study.config import StudyRecord
 from tuner.study.events import EndState, Message, TrialStarted, View
-from tuner.study.folder import TUNE, adapter_name
+from tuner.study.folder import adapter_name
 from tuner.study.journal import Journal
 from tuner.study.points import ConfirmedFront, Point
 
@@ -246,62 +244,13 @@ class _Search:
         watch.front = lambda: len(select(study, self.record.objectives).trials)
         events = self.journal.history.events()
         scheduler = RungScheduler(self.stopping, lanes.slots, self.record.settings.epochs, events)
-        searcher.has_place = scheduler.has_place
         recorder = Recorder(
             self.journal, self.view, self.record.objectives, lambda: self._note_precision(lanes), searcher.is_lost
         )
         recorder.replay()
-        # Our own journal and view take the place of Tune's loggers and tables; the database that of its snapshots.
-        os.environ.update(
-            TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
-            TUNE_PRINT_ALL_TRIAL_ERRORS="0",
-            RAY_AIR_NEW_OUTPUT="0",
-            TUNE_GLOBAL_CHECKPOINT_S="86400",
-        )
-        tune_config = tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=scheduler,
-            # The searcher knows when it has no more: a trial whose actor died is suggested again.
-            num_samples=-1,
-            max_concurrent_trials=lanes.slots,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: f"{trial.config['trial']}-{trial.trial_id}",
-        )
-        self._fit(tune_config, recorder, watch)
-        # Trials whose actor died after Tune had asked for the last one: Tune asks no more, a second run does.
-        while 0 < searcher.remaining == searcher.lost:
-            self._fit(tune_config, recorder, watch)
-        if searcher.remaining > 0:
-            raise KeyboardInterrupt
-
-    def _fit(self, tune_config: tune.TuneConfig, recorder: Recorder, watch: LaneWatch) -> None:
-        """Let Tune run trials until the searcher has no more to suggest, or until it is interrupted.
-
-        Raises:
-            StudyError: no trial of this study can be trained.
-        """
-        tuner = tune.Tuner(
-            TrialClient,
-            tune_config=tune_config,
-            run_config=tune.RunConfig(
-                name=TUNE,
-                storage_path=str(self.request.folder.path.resolve()),
-                callbacks=[recorder, watch, *self.loggers],
-                verbose=0,
-                stop=lambda trial, result: recorder.fatal is not None,
-                failure_config=tune.FailureConfig(max_failures=2),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
-        try:
-            tuner.fit()
-        except tune.TuneError:
-            # Tune puts the traceback of whatever its callbacks raise into one of these.
-            recorder.fatal = recorder.fatal or self.patience.exhausted
-            if recorder.fatal is None:
-                raise
-        if recorder.fatal:
-            raise StudyError(f"study {self.record.study}: {recorder.fatal}")
+        run_trials(self.request.folder, searcher, scheduler, recorder, [watch, *self.loggers], self.patience)
+        if searcher.exhausted:
+            self.view.show(Message(text=searcher.exhausted))
 
     def _note_precision(self, lanes: Fleet) -> bool:
         """A resumed study must go on in the number format it began with, on whatever machine. False: not yet known, by

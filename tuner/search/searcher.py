@@ -30,6 +30,9 @@ from tuner.study.objectives import Objective
 
 # Random points before TPE models anything; few, since a study of LoRA configurations has tens of trials, not thousands.
 STARTUP_TRIALS = 6
+# How often a configuration that the study has is drawn again: by the sampler, then at random. A space in which so many
+# random draws find nothing new is used up.
+SAMPLER_DRAWS, RANDOM_DRAWS = 4, 200
 
 # A trial whose own actor died so often, each time more often than Tune starts it again, has failed.
 LOSSES_PER_TRIAL = 3
@@ -56,6 +59,7 @@ class StudySearcher(Searcher):
 
     Attributes:
         has_place: set when known: whether a new trial may begin now. Tune's own limit would count paused trials.
+        exhausted: a sentence, once the space has no configuration that the study has not.
     """
 
     def __init__(
@@ -81,6 +85,8 @@ class StudySearcher(Searcher):
         self._model = _copy_in_memory(study)
         self._in_memory = {trial.number: place for place, trial in enumerate(study.get_trials(deepcopy=False))}
         self._drawn: FrozenTrial | None = None
+        self.exhausted: str | None = None
+        self._configurations = {_identity(_config_of(trial)) for trial in self._written_down()}
         done = {trial.user_attrs["origin"] for trial in self._written_down()}
         self._fixed = [(origin, config) for origin, config in fixed.items() if origin not in done]
 
@@ -104,7 +110,7 @@ class StudySearcher(Searcher):
         """How many trials are still to be started, continued, or under way."""
         trials = self._written_down()
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
-        return running + max(0, self.trials - len(trials))
+        return running if self.exhausted else running + max(0, self.trials - len(trials))
 
     @property
     def lost(self) -> int:
@@ -122,17 +128,19 @@ class StudySearcher(Searcher):
     def suggest(self, tune_id: str) -> Values:
         """The next configuration for Tune, FINISHED, or NOT_NOW while there is no place."""
         again = self._lost or self._interrupted
-        if not again and not self._drawn and self._started() >= self.trials:
+        if not again and not self._drawn and (self.exhausted or self._started() >= self.trials):
             return FINISHED
         if not self.has_place():
             return NOT_NOW
         trial = again.pop(0) if again else self._start()
+        if trial is None:
+            return FINISHED
         self._numbers[tune_id] = trial.number
         return self.suggestion(trial)
 
     def suggestion(self, trial: FrozenTrial) -> Values:
         """What Tune is handed for a trial of the study."""
-        config = TrialConfig.model_validate_json(trial.user_attrs["config"])
+        config = _config_of(trial)
         return {
             "trial": trial_id(trial.number),
             "origin": trial.user_attrs["origin"],
@@ -148,9 +156,15 @@ class StudySearcher(Searcher):
         """Trials that got as far as their configuration, whatever became of them."""
         return [trial for trial in self._model.get_trials(deepcopy=False) if "config" in trial.user_attrs]
 
-    def _start(self) -> FrozenTrial:
+    def _start(self) -> FrozenTrial | None:
         # Drawn once: where the database is full or away, the next call writes what this one could not.
         self._drawn = self._drawn or self._draw()
+        if self._drawn is None:
+            space = self.space.name
+            self.exhausted = (
+                f"space {space} has no further configuration; the search ends after {self._started()} trials"
+            )
+            return None
         self.study.add_trial(self._drawn)
         drawn, self._drawn = self._drawn, None
         # No other driver writes to this study, so the database numbers on from what this one has seen.
@@ -159,26 +173,46 @@ class StudySearcher(Searcher):
         self._in_memory[written.number] = drawn.number
         return written
 
-    def _draw(self) -> FrozenTrial:
-        """Ask the sampler; the trial is RUNNING in memory, and not yet in the database."""
-        study = self._model
-        study.sampler = make_sampler(self.seed, len(study.get_trials(deepcopy=False)))
+    def _draw(self) -> FrozenTrial | None:
+        """A trial that is RUNNING in memory, and not yet in the database; None where the space has nothing new."""
         if self._fixed:
             origin, config = self._fixed.pop(0)
-            params = self.space.params_of(config)
-            # Inside the space the sampler learns from it; outside it is only measured.
-            if params is not None:
-                study.enqueue_trial(params)
-            trial = study.ask()
-            if params is not None:
-                self.space.sample(trial)
+            trial = self._ask_for(config)
         else:
-            origin, trial = SAMPLED, study.ask()
-            config = self.space.sample(trial)
+            drawn = self._draw_new()
+            if drawn is None:
+                return None
+            origin, (trial, config) = SAMPLED, drawn
+        self._configurations.add(_identity(config))
         config = config.model_copy(update={"seed": self.seed})
         trial.set_user_attr("origin", origin)
         trial.set_user_attr("config", config.model_dump_json())
-        return study.get_trials(deepcopy=False)[trial.number]
+        return self._model.get_trials(deepcopy=False)[trial.number]
+
+    def _ask_for(self, config: TrialConfig) -> optuna.Trial:
+        """Inside the space the sampler learns from a fixed configuration; outside it is only measured."""
+        study, params = self._model, self.space.params_of(config)
+        study.sampler = make_sampler(self.seed, len(self._in_memory))
+        if params is not None:
+            study.enqueue_trial(params)
+        trial = study.ask()
+        if params is not None:
+            self.space.sample(trial)
+        return trial
+
+    def _draw_new(self) -> tuple[optuna.Trial, TrialConfig] | None:
+        """Draw until the study does not have it: all trials share seed and batches, so a repeat would be bit for bit
+        the trial that is there."""
+        study = self._model
+        for attempt in range(SAMPLER_DRAWS + RANDOM_DRAWS):
+            study.sampler = make_sampler(self.seed, len(self._in_memory), attempt)
+            trial = study.ask()
+            config = self.space.sample(trial)
+            if _identity(config) not in self._configurations:
+                return trial, config
+            # Failed trials teach the sampler nothing.
+            study.tell(trial.number, state=TrialState.FAIL)
+        return None
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
         """Epochs are kept by the recorder; Optuna allows no intermediate values with several objectives."""
@@ -222,7 +256,7 @@ class StudySearcher(Searcher):
     def _values(self, number: int, result: Mapping[str, object]) -> list[float]:
         """One value per objective: measured in this epoch, or known of the configuration."""
         trial = self._model.get_trials(deepcopy=False)[self._in_memory[number]]
-        known = self.known(TrialConfig.model_validate_json(trial.user_attrs["config"]))
+        known = self.known(_config_of(trial))
         epoch = EpochDone.from_row(trial_id(number), result)
         return [known[o.name] if o.kind == "known" else epoch.metric(o.name) for o in self.objectives]
 
@@ -245,15 +279,29 @@ def _copy_in_memory(study: optuna.Study) -> optuna.Study:
     return model
 
 
-def make_sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
+def _config_of(trial: FrozenTrial) -> TrialConfig:
+    return TrialConfig.model_validate_json(trial.user_attrs["config"])
+
+
+def _identity(config: TrialConfig) -> str:
+    """Equal for configurations that train the same adapter from the same seed."""
+    lora = config.lora and config.lora.model_copy(update={"targets": tuple(sorted(config.lora.targets))})
+    return config.model_copy(update={"seed": 0, "lora": lora}).model_dump_json()
+
+
+def make_sampler(seed: int, number: int, attempt: int = 0) -> optuna.samplers.BaseSampler:
     """Multivariate, grouped TPE (Bergstra et al. 2011; multi-objective: Ozaki et al. 2022, doi:10.1613/jair.1.13188).
 
     Its random numbers depend on the study's seed and the trial's number alone: a resumed study draws what the
     uninterrupted one would have drawn, and never the same startup points twice.
+
+    Args:
+        attempt: how often this trial was drawn already; the later attempts are random.
     """
+    seed = (seed * 1_000_003 + number + attempt * 15_485_863) % 2**32
+    if attempt >= SAMPLER_DRAWS:
+        return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():
         # Both options have been "experimental" since Optuna 2.2 and 2.8.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            multivariate=True, group=True, seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=STARTUP_TRIALS
-        )
+        return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed, n_startup_trials=STARTUP_TRIALS)
