@@ -40,7 +40,7 @@ from benchmarks.table import show
 from tuner.config import EncoderRef, TrialConfig
 from tuner.data.prepare import prepare
 from tuner.data.store import Store
-from tuner.diagnose.adapter_files import match
+from tuner.diagnose.adapted import match
 from tuner.diagnose.whole import lora_size, whole_model
 from tuner.encoders.checkpoint import read_json
 from tuner.encoders.qwen2_audio.full_forward import Qwen2AudioFullForward, empty_qwen2_audio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from terminal import Terminal
 from trained_adapter import Trained, train_and_export
 
+from tuner.commands.actions.stores import encoder_of
+from tuner.commands.options import DataChoice
 from tuner.config import LoraSpec, TrialConfig
+from tuner.data.store import Store
 from tuner.space import load_space
 
 SPACE: dict[str, Any] = {
@@ -314,6 +318,23 @@ def test_an_adapter_follows_an_encoder_that_moved(terminal: Terminal, trained: T
     moved = write_encoder(terminal.folder / "moved")
     finished = terminal.run("evaluate", trained.folder, "--data", tiny.store_folder, "--encoder", moved, "--json")
     assert finished.code == 0, finished.err
+
+
+def test_a_search_follows_an_encoder_that_moved(terminal: Terminal, tiny: Tiny) -> None:
+    """Its fingerprint is the store's, so it is the same one, wherever it is now."""
+    moved = write_encoder(terminal.folder / "moved")
+    store = Path(shutil.copytree(tiny.store_folder, terminal.folder / "store"))
+    meta = json.loads((store / "store.json").read_text())
+    meta["encoder"]["source"] = "/gone/encoder"
+    (store / "store.json").write_text(json.dumps(meta))
+    given = ("search", "--data", store, "--trials", 2, "--epochs", 1, "--dry-run", "--tflops", 1)
+    assert "/gone/encoder: no such folder" in terminal.refused(*given)
+    for encoder in (moved, "moved"):
+        finished = terminal.run(*given, "--encoder", encoder)
+        assert finished.code == 0, finished.err
+    choice = DataChoice(str(store), "moved")
+    assert encoder_of(Store.open(store), choice).source == str(moved)
+    assert encoder_of(Store.open(store), DataChoice(str(store))).source == "/gone/encoder"
 
 
 def damaged(trained: Trained, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:

@@ -25,6 +25,7 @@ from tuner.data import prepare as prepare_module
 from tuner.data.prepare import PrepareOptions, prepare
 from tuner.data.store import Store
 from tuner.data.worker import FeatureWorker
+from tuner.data.writer import check_new_file
 from tuner.demo import audio_encoder_folder
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import AdapterError, ConfigError, DataError, TrialFailed, TunerError
@@ -366,6 +367,20 @@ def test_embedding_a_file_equals_the_store(speech: tuple[Path, Store], recording
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     assert np.abs(found[:-1] - found[1:]).max(axis=1).min() > 1e-3, "different clips, different embeddings"
+
+
+def test_a_clip_at_the_limit_and_a_folder_that_is_not_there(speech: tuple[Path, Store], tmp_path: Path) -> None:
+    """As `prepare` takes it: 30 s at 8012 Hz are a sample too many at 16 kHz."""
+    soundfile.write(tmp_path / "x.wav", 0.3 * np.sin(np.arange(30 * 8012) * 0.1), 8012)
+    loaded = load(speech[0])
+    written, rejects = embed_files(loaded, [tmp_path / "x.wav"], tmp_path / "no/such/e.parquet", lambda *_: None)
+    assert (written, rejects) == (1, []) and names(tmp_path / "no/such") == ["e.parquet"]
+    places = {tmp_path: "is a folder", Path(): "is a folder", tmp_path / "x.wav/e": "a parent of this folder is a file"}
+    for place, words in (places | {tmp_path / ("n" * 254): "name is too long"}).items():
+        with pytest.raises(DataError, match=words):
+            check_new_file(place)
+        with pytest.raises(DataError, match=words):
+            embed_files(loaded, [tmp_path / "x.wav"], place, lambda *_: None)
 
 
 def test_only_unusable_recordings_write_no_file(speech: tuple[Path, Store], tmp_path: Path) -> None:

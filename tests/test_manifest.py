@@ -159,8 +159,8 @@ def test_saved_datasets_are_read_as_arrow_streams(tmp_path: Path) -> None:
 def test_folders_without_a_dataset_or_a_column(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a dataset folder"):
         read_manifest(tmp_path)
-    pq.write_table(pa.table({"audio": ["a"], "transcription": ["x"], "speaker": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="found audio, transcription, speaker"):
+    pq.write_table(pa.table({"audio": ["a"], "label": ["x"], "speaker": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="found audio, label, speaker"):
         read_manifest(tmp_path)
 
 

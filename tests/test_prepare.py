@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import logging
+import struct
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,11 +22,12 @@ import soundfile
 from tuner.config import EncoderRef
 from tuner.data import execution, worker
 from tuner.data import prepare as prepare_module
-from tuner.data.audio import MAX_RATIO_TERM, UnusableAudioError, bounded_ratio, decode, resample
+from tuner.data.audio import MAX_RATIO_TERM, UnusableAudioError, at_rate, bounded_ratio, decode, resample
 from tuner.data.prepare import PrepareOptions, PrepareResult, prepare
 from tuner.data.store import REJECTS_FILE, Store
 from tuner.data.worker import FeatureWorker
 from tuner.errors import ConfigError, DataError, EncoderError
+from tuner.places import absolute_source
 
 
 def model_folder(package: str) -> str:
@@ -127,10 +129,21 @@ def test_digest_is_of_the_sound_not_of_the_file(tmp_path: Path) -> None:
     assert first == copy != other
 
 
-def wav_bytes(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> bytes:
+def wav_bytes(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16", format: str = "WAV") -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
     return file.getvalue()
+
+
+def with_rate(wav: bytes, rate: int) -> bytes:
+    """The same file whose header claims another sampling rate."""
+    return wav[:24] + struct.pack("<I", rate) + wav[28:]
+
+
+def with_length(wav: bytes, length: int) -> bytes:
+    """The same file whose header claims that many bytes of sound."""
+    assert wav[36:40] == b"data"
+    return wav[:40] + struct.pack("<I", length) + wav[44:]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +157,17 @@ def wav_bytes(samples: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -
         (wav_bytes(tone(440) * 1e-5, subtype="FLOAT"), "silent"),
         (wav_bytes(tone(440) * np.float32(np.nan), subtype="FLOAT"), "unreadable"),
         (wav_bytes(tone(440, 1.01)), "too long"),
+        (wav_bytes(tone(440))[:9000], "truncated"),
+        (wav_bytes(tone(440), subtype="FLOAT")[:9000], "truncated"),
+        (wav_bytes(tone(440), format="AIFF")[:9000], "truncated"),
+        (wav_bytes(tone(440), format="W64")[:9000], "truncated"),
+        (wav_bytes(tone(440), format="RF64")[:9000], "truncated"),
+        (wav_bytes(tone(440) * 0 + np.float32(0.5)), "silent"),
+        (wav_bytes(tone(440) * np.float32(1e-5) - np.float32(0.9), subtype="FLOAT"), "silent"),
+        (with_rate(wav_bytes(tone(440)), 2**31 - 1), "sampling rate"),
+        (with_rate(wav_bytes(tone(440)), 768_001), "sampling rate"),
+        (with_rate(wav_bytes(tone(440)), 999), "sampling rate"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
     ],
 )
 def test_unusable_audio_has_a_reason(source: Path | bytes, reason: str) -> None:
@@ -156,6 +180,24 @@ def test_usable_audio_at_the_limits() -> None:
     assert decode(wav_bytes(tone(440, 1.0)), max_seconds=1).seconds == 1
     quiet = tone(440) / np.abs(tone(440)).max() * 1.1e-4
     assert decode(wav_bytes(quiet, subtype="FLOAT"), 1).rate == 16000
+
+
+def test_lengths_that_a_writer_could_not_know_are_not_missed() -> None:
+    """A pipe's 2 ** 32 - 1, or a header that counts itself; but not a second that is gone."""
+    whole = wav_bytes(tone(440))
+    size = len(whole) - 44
+    for claimed in (2**32 - 1, 2**31 - 1, 0x7FFFF000, size + 44, size + 1):
+        assert len(decode(with_length(whole, claimed), 30).samples) == 8000, claimed
+    with pytest.raises(UnusableAudioError, match=r"truncated.*16,000 of 48,000 bytes"):
+        decode(with_length(whole, size + 32000), 30)
+    for rate in (1_000, 768_000):
+        assert decode(with_rate(whole, rate), 30).rate == rate
+
+
+@pytest.mark.parametrize("rate", [8012, 48001, 11127, 44100])
+def test_a_clip_at_the_limit_has_no_sample_too_many(rate: int) -> None:
+    recording = decode(wav_bytes(tone(40, 2.0, rate), rate), 2.0)
+    assert len(at_rate(recording, 16000, 2.0)) == 32000
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
@@ -342,6 +384,45 @@ def test_copies_of_a_recording_share_a_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_clip_ids_in_two_splits_are_found_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Iterator[pa.Table]:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(prepare_module, "run_on_ray", never)
+    rows = write_tones(tmp_path, 4)
+    for row, split, name in zip(rows, ("train", "train", "dev", "test"), (0, 1, 0, 0), strict=True):
+        row |= {"split": split, "clip_id": name}
+    with pytest.raises(DataError, match=r"rows 1 and 3 have the clip_id 0 and two splits"):
+        prepare(write_rows(tmp_path, rows), ENCODER, TEXT, tmp_path / "store")
+    same = [rows[0], {**rows[0], "clip_id": 7, "split": "test"}]
+    with pytest.raises(DataError, match=r"rows 1 and 2 are one recording .* both name .*0\.wav"):
+        prepare(write_rows(tmp_path, same), ENCODER, TEXT, tmp_path / "store")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_store_names_its_encoders_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes, workers and the next shell have other working directories; a hub id is no path."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/audio").symlink_to(ENCODER.source)
+    (tmp_path / "models/text").symlink_to(TEXT)
+    manifest = write_rows(tmp_path, write_tones(tmp_path, 8))
+    monkeypatch.chdir(tmp_path)
+    relative = EncoderRef(source="models/audio")
+    store = Store.open(prepare(Path(manifest.name), relative, "models/text", Path("store")).store)
+    assert store.encoder.source == str(tmp_path / "models/audio")
+    assert store.text_encoder == str(tmp_path / "models/text")
+    assert store.meta["manifest"] == str(manifest)
+    assert all(Path(name).is_absolute() for name in store.audio)
+    for hub in ("openai/whisper-small", "models/none", "~nobody-here/x", "n" * 300, ""):
+        assert absolute_source(hub) == hub
+    assert absolute_source("models/../models/text") == f"{tmp_path}/models/../models/text"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_source("~/models/text") == f"{tmp_path}/models/text"
+
+
+@pytest.mark.usefixtures("here")
 def test_embedded_audio_gives_the_same_features_as_files(tmp_path: Path) -> None:
     rows = write_tones(tmp_path, 9)
     audio = [{"bytes": (tmp_path / row["audio"]).read_bytes(), "path": row["audio"]} for row in rows]
@@ -370,8 +451,16 @@ def test_bad_options_and_encoders(tmp_path: Path) -> None:
     outside = write_rows(tmp_path / "root", [{"audio": "../0.wav", "caption": "Tone 0"}])
     with pytest.raises(DataError, match=r"row 1: .*outside the audio root"):
         prepare(outside, ENCODER, TEXT, tmp_path / "store", PrepareOptions(audio_root=tmp_path / "root"))
-    with pytest.raises(DataError, match="a parent of this folder is a file"):
-        prepare(manifest, ENCODER, TEXT, tmp_path / "0.wav/store")
+    for place, words in (
+        (tmp_path / "0.wav/store", "a parent of this folder is a file"),
+        (tmp_path / ("n" * 300), "name is too long"),
+        (tmp_path / ("n" * 252), "name is too long"),
+        (Path("/"), "no place for a store"),
+        (Path("/dev/null/store"), "a parent of this folder is a file"),
+        (Path("/proc/none/store"), "no such place"),
+    ):
+        with pytest.raises(DataError, match=words):
+            prepare(manifest, ENCODER, TEXT, place)
     assert not (tmp_path / "store").exists()
 
 
@@ -439,7 +528,8 @@ def test_ray_run_matches_the_padded_extractor(prepared: tuple[Path, PrepareResul
 
 def test_ray_run_embeds_each_caption_once(prepared: tuple[Path, PrepareResult, bool]) -> None:
     """Reference: each caption encoded alone in this process; tolerance 1e-5 for another batch."""
-    from tuner.encoders.text import TextEncoder, inspect_text_encoder
+    from tuner.encoders.text import TextEncoder
+    from tuner.encoders.text_facts import inspect_text_encoder
 
     store = Store.open(prepared[1].store)
     assert store.captions == ["Tone number 0", "a TONE", "Tone number 1", "Tone number 2", "Tone number 3"]
@@ -453,7 +543,7 @@ def test_ray_is_stopped_and_workers_errors_arrive_as_sentences(prepared: tuple[P
     import ray
 
     from tuner.encoders.registry import inspect_encoder
-    from tuner.encoders.text import inspect_text_encoder
+    from tuner.encoders.text_facts import inspect_text_encoder
 
     assert not ray.is_initialized()
     lost = prepared[0] / "lost.parquet"

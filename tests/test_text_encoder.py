@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from tuner.encoders.text import TextEncoder, inspect_text_encoder
+from tuner.encoders.text import TextEncoder
+from tuner.encoders.text_facts import inspect_text_encoder
 from tuner.errors import EncoderError
 
 TEXTS = ["a frog croaks", "rain", "A long sentence about a steam train that leaves the station " * 40, "", "un chien"]
@@ -107,6 +108,6 @@ def test_folders_that_are_no_text_encoder(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"hidden_size": 384, "model_type": "nonesuch"}))
     with pytest.raises(EncoderError, match="transformers cannot load it"):
         TextEncoder(inspect_text_encoder(str(folder)))
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(EncoderError, match="no hidden_size"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "nonesuch"}))
+    with pytest.raises(EncoderError, match="no hidden_size known for model_type 'nonesuch'"):
         inspect_text_encoder(str(folder))

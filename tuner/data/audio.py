@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -13,10 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from tuner.lfs import is_pointer
+from tuner.places import is_file
+
 # Below -80 dBFS a 16-bit recording moves by three steps at most: dither, not sound.
 SILENCE_PEAK = 1e-4
 # Terms of the resampling ratio. 441/160 (44.1 kHz to 16 kHz) is exact; 11127 Hz would need a kernel of 1.4 GB.
 MAX_RATIO_TERM = 2000
+# Hz. Below is no sound, above no recorder; a damaged header may hold any number up to 2 ** 31.
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
+# Bytes that a writer may count too many in a header; the size of the header itself is the usual mistake.
+HEADER_SLACK = 64
+# Programs that write into a pipe do not know the length, and leave a number from here on in its place.
+UNKNOWN_LENGTH = 0x7FFF0000
+# libsndfile reads what is there of a cut file, and only its log says so: `data : 64000 (should be 31978)`.
+_CUT = re.compile(r"^ *(?:data|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
 class UnusableAudioError(Exception):
@@ -51,23 +63,35 @@ def decode(source: Path | bytes, max_seconds: float) -> Recording:
     Never reads more than `max_seconds` and one sample, whatever the header claims.
 
     Raises:
-        UnusableAudioError: missing, unreadable, empty, silent (peak below -80 dBFS), not finite or too long.
+        UnusableAudioError: missing, unreadable, truncated, empty, silent (nothing but a constant within -80 dBFS), not
+            finite or too long, or of a sampling rate outside 1 kHz to 768 kHz.
     """
     import soundfile
 
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             rate = int(file.samplerate)
+            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+                raise UnusableAudioError("sampling rate", f"{rate} Hz is outside 1 kHz to 768 kHz")
+            _check_whole(file.extra_info)
             longest = math.floor(max_seconds * rate)
             channels = file.read(longest + 1, dtype="float32", always_2d=True)
     except FileNotFoundError:
         raise UnusableAudioError("missing") from None
     except (soundfile.SoundFileError, OSError, ValueError) as error:
-        missing = isinstance(source, Path) and not source.exists()
+        if is_pointer(source):
+            raise UnusableAudioError("Git LFS pointer", "run `git lfs pull` in its repository") from None
+        missing = isinstance(source, Path) and not is_file(source)
         raise UnusableAudioError("missing" if missing else "unreadable", " ".join(str(error).split())) from None
     samples = channels.mean(axis=1, dtype=np.float32)
     _check_samples(samples, longest, max_seconds)
     return Recording(samples, rate)
+
+
+def _check_whole(log: str) -> None:
+    for claimed, found in ((int(match[1]), int(match[2])) for match in _CUT.finditer(log)):
+        if claimed < UNKNOWN_LENGTH and claimed - found > HEADER_SLACK:
+            raise UnusableAudioError("truncated", f"holds {found:,} of {claimed:,} bytes of sound")
 
 
 def _check_samples(samples: np.ndarray, longest: int, max_seconds: float) -> None:
@@ -78,6 +102,8 @@ def _check_samples(samples: np.ndarray, longest: int, max_seconds: float) -> Non
     peak = float(np.abs(samples).max())
     if not math.isfinite(peak):
         raise UnusableAudioError("unreadable", "samples are not finite")
+    # A constant is what a dead input or a wrong sample format leaves: it is not heard either.
+    peak = float(np.abs(samples - samples.mean(dtype=np.float64)).max())
     if peak < SILENCE_PEAK:
         raise UnusableAudioError("silent", f"peak {peak:.1e} of full scale")
 
@@ -103,6 +129,14 @@ def resample(recording: Recording, rate: int) -> np.ndarray:
     waveform = torch.nn.functional.pad(torch.from_numpy(recording.samples), (0, rounded - length))
     resampled: np.ndarray = _resampler(ratio)(waveform).numpy()
     return resampled[: math.ceil(length / ratio)]
+
+
+def at_rate(recording: Recording, rate: int, max_seconds: float) -> np.ndarray:
+    """What an encoder is given: samples [S] at `rate` Hz, at most `max_seconds` of them.
+
+    Half of all odd rates resample a clip at the limit to a sample more, since the number of samples is rounded up.
+    """
+    return resample(recording, rate)[: int(max_seconds * rate)]
 
 
 @lru_cache(maxsize=32)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from tuner import errors
 from tuner.data.worker import RESULT_SCHEMA, FeatureWorker
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.text import TextSpec
+from tuner.encoders.text_facts import TextSpec
 from tuner.errors import TunerError
 from tuner.loopback import embedded_ray, environment
 

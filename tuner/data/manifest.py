@@ -1,22 +1,36 @@
 """Manifests: which recordings there are and what their captions say. Reads text and columns, never audio.
 
-A manifest is JSON Lines, JSON, CSV or Parquet with the columns `audio` (a path, absolute or relative to the manifest's
-folder or to an audio root) and `caption` (a text) or `captions` (a list of texts), and optionally `split`, `clip_id`
-and `language`; or a Hugging Face dataset folder (see `tuner.data.tables`). Several rows may name one recording.
+A manifest is JSON Lines, JSON, CSV, TSV or Parquet with the columns `audio` (a path or file:// URI, absolute or
+relative to the manifest's folder or to an audio root) and `caption` (a text or a list of texts), `captions` or
+`caption_1` and on, and optionally `split`, `clip_id` and `language`; or a folder as `datasets` knows it (see
+`tuner.data.tables`). AudioCaps, Clotho and WavCaps are read as they are published. Several rows may name one recording.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.data.columns import SPLIT_NAMES, check_columns
-from tuner.data.tables import EmbeddedAudio, read_dataset_folder, read_parquet
+from tuner.data.columns import (
+    RECORDING_IDS,
+    SPLIT_NAMES,
+    audio_value,
+    caption_names,
+    check_columns,
+    check_split_words,
+)
+from tuner.data.dataset_folder import read_dataset_folder
+from tuner.data.file_names import name_files_by_id, names_files, recording_path
+from tuner.data.tables import EmbeddedAudio, read_parquet
+from tuner.data.text_files import SUFFIXES, read_text_rows
 from tuner.errors import DataError
+from tuner.near import shown
+from tuner.places import is_file, is_folder
+from tuner.plain_json import parse_json
+
+Row = tuple[int, Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -60,15 +74,27 @@ def read_manifest(path: Path, audio_root: Path | None = None) -> list[ClipRow]:
             columns found), a value of the wrong type, an unknown split or a recording outside the audio root (names the
             row).
     """
+    # Absolute, since rows of embedded audio name the file itself, and other processes read it.
+    path = path.absolute()
     raw = list(_raw_rows(path))
     if not raw:
         raise DataError(f"{path}: holds no rows; give a manifest with at least one recording")
-    check_columns(path, (name for _, values in raw for name in values))
-    folder = audio_root or (path if path.is_dir() else path.parent)
-    rows = [_clip_row(path, folder.absolute(), row, values) for row, values in raw]
+    folder = (audio_root or (path if path.is_dir() else path.parent)).absolute()
+    raw = _with_files(path, folder, raw)
+    check_split_words(path, (str(values["split"]) for _, values in raw if isinstance(values.get("split"), str)))
+    rows = [_clip_row(path, folder, row, values) for row, values in raw]
     if audio_root is not None:
         _confine(path, rows, audio_root)
     return rows
+
+
+def _with_files(path: Path, folder: Path, rows: list[Row]) -> list[Row]:
+    names = dict.fromkeys(name for _, values in rows for name in values)
+    by_id = any(name in names for name in RECORDING_IDS) and not names_files(rows)
+    check_columns(path, names, by_id)
+    named = name_files_by_id(path, folder, rows) if by_id else None
+    check_columns(path, names, named is not None)
+    return rows if named is None else named
 
 
 def _confine(path: Path, rows: Sequence[ClipRow], root: Path) -> None:
@@ -90,133 +116,110 @@ def _leads_into(audio: Path, folder: Path) -> bool:
         return False
 
 
-def _raw_rows(path: Path) -> Iterable[tuple[int, Mapping[str, object]]]:
-    if path.is_dir():
+def _raw_rows(path: Path) -> Iterable[Row]:
+    _check_unicode(f"{path!s}", "the path of the manifest", str(path))
+    if is_folder(path):
         return read_dataset_folder(path)
-    readers = {".jsonl": _read_json_lines, ".ndjson": _read_json_lines, ".json": _read_json, ".csv": _read_csv}
     suffix = path.suffix.lower()
-    if suffix != ".parquet" and suffix not in readers:
-        raise DataError(f"{path}: unknown kind of manifest; give .jsonl, .json, .csv, .parquet or a dataset folder")
-    if not path.exists():
+    if suffix != ".parquet" and suffix not in SUFFIXES:
+        raise DataError(
+            f"{path}: unknown kind of manifest; give .jsonl, .json, .csv, .tsv, .parquet or a dataset folder"
+        )
+    if not is_file(path):
         raise DataError(f"{path}: no such file; give an existing manifest")
-    return read_parquet(path) if suffix == ".parquet" else readers[suffix](path)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the manifest as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    # Not splitlines(): JSON strings may hold U+2028, which that would cut.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
-        if not isinstance(values, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, got {line.strip()[:40]}")
-        yield number, values
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    text = _read_text(path)
-    if not text.lstrip().startswith("["):
-        yield from _read_json_lines(path)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from None
-    for number, values in enumerate(rows, start=1):
-        if not isinstance(values, dict):
-            raise DataError(f"{path}, row {number}: expected a JSON object, got {json.dumps(values)[:40]}")
-        yield number, values
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        start = reader.line_num + 1
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(f"{path}, line {start}: not valid CSV ({error}); check the quotes") from None
-        if not values:
-            continue
-        if header is None:
-            header = [name.strip() for name in values]
-        elif len(values) != len(header):
-            raise DataError(
-                f"{path}, line {start}: {len(values)} fields where the header has {len(header)}; "
-                "quote fields that hold a comma"
-            )
-        else:
-            yield start, dict(zip(header, values, strict=True))
+    return read_parquet(path) if suffix == ".parquet" else read_text_rows(path)
 
 
 def _clip_row(path: Path, folder: Path, row: int, values: Mapping[str, object]) -> ClipRow:
     where = f"{path}, row {row}"
-    audio = values.get("audio")
+    audio = audio_value(values)
     captions = _captions(where, values)
     embedded = audio if isinstance(audio, EmbeddedAudio) else None
-    name = f"{embedded.file.name}#{embedded.row}" if embedded else _text(where, "audio", audio) or ""
-    clip_id = values.get("clip_id")
+    name = _embedded_name(path, embedded) if embedded else _text(where, "audio", audio) or ""
     return ClipRow(
         row=row,
-        audio=embedded.file if embedded else folder / name,
+        audio=embedded.file if embedded else recording_path(folder, name),
         captions=captions,
-        clip_id=str(clip_id).strip() if clip_id is not None and str(clip_id).strip() else name,
+        clip_id=_clip_id(where, values.get("clip_id")) or name,
         split=_split(where, values.get("split")),
-        language=_text(where, "language", values.get("language")),
+        language=_language(values.get("language")),
         embedded=embedded,
         problem="no audio" if not name else None if captions else "no caption",
     )
 
 
+def _embedded_name(path: Path, audio: EmbeddedAudio) -> str:
+    """Files of all splits and configurations of a dataset have the same names, so the folders below it count too."""
+    file = audio.file.relative_to(path) if audio.file.is_relative_to(path) and audio.file != path else audio.file.name
+    return f"{file}#{audio.row}"
+
+
 def _text(where: str, field: str, value: object) -> str | None:
-    if value is None:
+    if _is_blank(value):
         return None
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{field}` must be text, got {value!r:.60}")
+        raise DataError(f"{where}: `{field}` must be text, got {shown(value)}")
     if "\0" in value:
         raise DataError(f"{where}: `{field}` holds a NUL character; remove it")
+    _check_unicode(where, f"`{field}`", value)
+    return value.strip() or None
+
+
+def _check_unicode(where: str, what: str, value: str) -> None:
+    if not value.isascii() and any("\ud800" <= sign <= "\udfff" for sign in value):
+        where = where.encode("utf-8", "replace").decode()
+        raise DataError(f"{where}: {what} holds half a character (a lone surrogate), so it is no text; write it again")
+
+
+def _is_blank(value: object) -> bool:
+    """Whether nothing was given: pandas writes NaN where a table has no value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _clip_id(where: str, value: object) -> str | None:
+    if _is_blank(value) or isinstance(value, str):
+        return _text(where, "clip_id", value)
+    if not isinstance(value, int | float):
+        raise DataError(f"{where}: `clip_id` must be text or a number, got {shown(value)}")
+    return str(value)
+
+
+def _language(value: object) -> str | None:
+    """Nothing depends on it, so what is no text is dropped."""
+    if not isinstance(value, str) or "\0" in value or not value.isprintable():
+        return None
     return value.strip() or None
 
 
 def _captions(where: str, values: Mapping[str, object]) -> tuple[str, ...]:
-    listed = values.get("captions")
-    if isinstance(listed, str):
-        # A CSV cell holds a list as JSON; any other text there is one caption.
-        listed = _json_list(where, listed) if listed.lstrip().startswith("[") else [listed]
-    if listed is not None and not isinstance(listed, list):
-        raise DataError(f"{where}: `captions` must be a list of texts, got {listed!r:.60}")
-    texts = [_text(where, "caption", values.get("caption"))]
-    texts += [_text(where, "captions", item) for item in listed or []]
+    texts = [text for name in caption_names(values) for text in _texts(where, name, values[name])]
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _json_list(where: str, cell: str) -> object:
+def _texts(where: str, field: str, value: object) -> list[str | None]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        # A CSV cell holds a list as JSON. A caption alone may begin with a bracket too.
+        value = _json_list(where, field, value)
+    if field == "captions" and not isinstance(value, str | list) and not _is_blank(value):
+        raise DataError(f"{where}: `captions` must be a list of texts, got {shown(value)}")
+    return [_text(where, field, item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _json_list(where: str, field: str, cell: str) -> object:
     try:
-        return json.loads(cell)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: `captions` is not a valid JSON list ({error.msg})") from None
+        value = parse_json(cell)
+    except ValueError as error:
+        if field != "captions":
+            return cell
+        reason = getattr(error, "msg", error)
+        raise DataError(f"{where}: `captions` is not a valid JSON list ({reason})") from None
+    return value if field == "captions" or all(isinstance(item, str) for item in value) else cell
 
 
 def _split(where: str, value: object) -> str | None:
     name = _text(where, "split", value)
     if name is None:
         return None
-    if name.lower() not in SPLIT_NAMES:
-        raise DataError(f"{where}: unknown split {name!r}; use train, validation or test, or leave it blank")
-    return SPLIT_NAMES[name.lower()]
+    if name.casefold() not in SPLIT_NAMES:
+        raise DataError(f"{where}: unknown split {shown(name)}; use train, validation or test, or leave it blank")
+    return SPLIT_NAMES[name.casefold()]

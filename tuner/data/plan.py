@@ -84,6 +84,26 @@ def manifest_digest(rows: Sequence[ClipRow], states: dict[Path, FileState | None
     return digest.hexdigest()
 
 
+def check_clip_ids(rows: Sequence[ClipRow]) -> None:
+    """Make sure that no clip id is in two splits: a clip id names a recording, and a recording has one split.
+
+    Raises:
+        DataError: names both rows, and what to do about ids that are counted in each split by itself.
+    """
+    first: dict[str, ClipRow] = {}
+    for row in rows:
+        if row.split is None or row.problem:
+            continue
+        known = first.setdefault(row.clip_id, row)
+        if known.split != row.split:
+            name = " ".join(row.clip_id.split())[:60]
+            raise DataError(
+                f"rows {known.row} and {row.row} have the clip_id {name} and two splits ({known.split} "
+                f"and {row.split}); give each recording a clip_id of its own, or all rows of one recording the same "
+                "`split`"
+            )
+
+
 def make_plan(rows: Sequence[ClipRow], states: dict[Path, FileState | None]) -> Plan:
     """Merge rows of one recording into a clip and number the distinct captions.
 
@@ -129,7 +149,7 @@ def _merge(known: Clip, more: Clip) -> Clip:
     if known.split and more.split and known.split != more.split:
         raise DataError(
             f"rows {known.rows[0]} and {more.rows[0]} are one recording in two splits ({known.split} and "
-            f"{more.split}); give both rows the same `split`"
+            f"{more.split}): both name {known.name}; give both rows the same `split`"
         )
     return replace(
         known,

@@ -22,7 +22,7 @@ from tuner.config import EncoderRef
 from tuner.data.cache import cache_root
 from tuner.data.execution import run_on_ray
 from tuner.data.manifest import read_manifest
-from tuner.data.plan import Clip, Plan, file_states, make_plan, manifest_digest
+from tuner.data.plan import Clip, Plan, check_clip_ids, file_states, make_plan, manifest_digest
 from tuner.data.rejects import Reject, check_rejects, write_rejects
 from tuner.data.splits import SPLITS, assign_splits, check_fractions, group_recordings
 from tuner.data.store import REJECTS_FILE, VERSION, read_meta
@@ -38,8 +38,9 @@ from tuner.data.writer import (
 )
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.text import TextSpec, inspect_text_encoder
-from tuner.errors import ConfigError
+from tuner.encoders.text_facts import TextSpec, inspect_text_encoder
+from tuner.errors import ConfigError, DataError
+from tuner.places import absolute_source
 
 Progress = Callable[[int, int], None]
 
@@ -108,8 +109,11 @@ def prepare(
         EncoderError: one of the encoders cannot be used.
         ConfigError: an option is out of range.
     """
-    recipe = _recipe(Path(manifest), encoder, text_encoder, options)
+    encoder = encoder.model_copy(update={"source": absolute_source(encoder.source)})
+    recipe = _recipe(Path(manifest), encoder, absolute_source(text_encoder), options)
     target = (out if out is not None else cache_root() / "stores" / recipe.fingerprint).absolute()
+    if not target.name:
+        raise DataError(f"{target}: is no place for a store; give a folder with --out")
     reused = _reusable(target, recipe)
     if reused is not None:
         return reused
@@ -125,11 +129,14 @@ def _recipe(manifest: Path, encoder: EncoderRef, text_encoder: str, options: Pre
     if not (math.isfinite(options.max_rejects) and 0 <= options.max_rejects <= 1):
         raise ConfigError(f"max_rejects: must be a share between 0 and 1 (got {options.max_rejects:g})")
     rows = read_manifest(manifest, options.audio_root)
+    states = file_states(rows)
+    # A file in two splits is named as such, before the clip id that it has by its name.
+    plan = make_plan(rows, states)
+    check_clip_ids(rows)
     # Features are made before anything runs: the path that a search takes later is no matter of the store.
     encoder = encoder.model_copy(update={"path": "audio_tower"})
     spec = inspect_encoder(encoder)
     text = inspect_text_encoder(text_encoder)
-    states = file_states(rows)
     parts = {
         "version": VERSION,
         "encoder": spec.fingerprint,
@@ -139,7 +146,7 @@ def _recipe(manifest: Path, encoder: EncoderRef, text_encoder: str, options: Pre
         "seed": options.seed,
     }
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    return _Recipe(manifest.absolute(), make_plan(rows, states), encoder, spec, text, options, fingerprint)
+    return _Recipe(manifest.absolute(), plan, encoder, spec, text, options, fingerprint)
 
 
 def _reusable(target: Path, recipe: _Recipe) -> PrepareResult | None:

@@ -94,8 +94,8 @@ def _given_by_group(groups: Sequence[str], given: Sequence[str | None], rows: Se
             continue
         if fixed.setdefault(group, split) != split:
             raise DataError(
-                f"rows {first_row[group]} and {row} are one recording in two splits ({fixed[group]} and {split}); "
-                "give both rows the same `split`"
+                f"rows {first_row[group]} and {row} are one recording in two splits ({fixed[group]} and {split}): they "
+                "hold the same sound, or share it through other rows; give both rows the same `split`, or drop one"
             )
         first_row.setdefault(group, row)
     return fixed

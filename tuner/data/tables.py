@@ -1,13 +1,12 @@
-"""Columnar manifests by pyarrow: Parquet files, and dataset folders as Hugging Face's `datasets` writes them.
+"""Columnar files by pyarrow: Parquet, and the Arrow streams of `datasets`.
 
-Two kinds of folder are read: what `save_to_disk` leaves (Arrow streams with `state.json`, or `dataset_dict.json` and
-a folder per split), and Parquet shards as they lie in a hub repository (`train-00000-of-00002.parquet`). An `audio`
-column of struct{bytes, path} stays where it is: rows refer to it by file and row, and whoever decodes reads it there.
+An `audio` column that holds recordings (bytes, or struct{bytes, path}) stays where it is: rows refer to it by file and
+row, and whoever decodes reads it there. Text and bytes may be of any of Arrow's types for them (large, view,
+dictionary), since pandas, polars and `datasets` each have their own.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tuner.arrow import check_plain
-from tuner.data.columns import COLUMNS, SPLIT_NAMES, check_columns
+from tuner.data.columns import check_columns, check_repeated, is_read
 from tuner.errors import DataError
+from tuner.lfs import ADVICE, is_pointer
 
 Row = Mapping[str, object]
+_EMBEDDED = "embedded"
+_BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,25 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
     Raises:
         DataError: the file is not Parquet.
     """
-    return enumerate(_rows(path, _parquet_columns(path), split=None), start=1)
+    return enumerate(read_table(path), start=1)
 
 
-def read_dataset_folder(folder: Path) -> Iterator[tuple[int, Row]]:
-    """Rows of all files of a dataset folder, counted from 1 through all files.
-
-    The split comes from a `split` column, else from the folder's split or the shard's name.
+def read_table(file: Path) -> Iterator[Row]:
+    """Rows of a Parquet file, or of an Arrow stream of any other suffix.
 
     Raises:
-        DataError: the folder holds no dataset, or one of its files is damaged.
+        DataError: the file is damaged, holds text that is none, or lacks a needed column.
     """
-    return enumerate((row for file, split in _files(folder) for row in _file_rows(file, split)), start=1)
+    table = _readable(file, _parquet_columns if file.suffix == ".parquet" else _stream_columns)
+    columns = {name: _values(file, name, table.column(name)) for name in table.column_names}
+    embedded = columns.pop(_EMBEDDED, None)
+    for position in range(table.num_rows):
+        row = {name: values[position] for name, values in columns.items()}
+        if embedded is not None and embedded[position]:
+            row["audio"] = EmbeddedAudio(file, position)
+        elif isinstance(row.get("audio"), dict):
+            row["audio"] = row["audio"].get("path")
+        yield row
 
 
 def read_audio_bytes(audio: Sequence[EmbeddedAudio]) -> list[bytes]:
@@ -68,6 +76,8 @@ def read_audio_bytes(audio: Sequence[EmbeddedAudio]) -> list[bytes]:
 
 
 def _readable(file: Path, read: Callable[..., Any], *arguments: object) -> Any:
+    if is_pointer(file):
+        raise DataError(f"{file}: {ADVICE}")
     try:
         return read(file, *arguments)
     except (pa.ArrowException, OSError, IndexError, ValueError) as error:
@@ -75,122 +85,90 @@ def _readable(file: Path, read: Callable[..., Any], *arguments: object) -> Any:
         raise DataError(f"{file}: cannot be read as a {file.suffix} table ({reason}); copy it again") from None
 
 
-def _files(folder: Path) -> list[tuple[Path, str | None]]:
-    if (folder / "dataset_dict.json").exists():
-        splits = _json_field(folder / "dataset_dict.json", "splits")
-        return [(file, name) for name in splits for file, _ in _files(_below(folder, name))]
-    if (folder / "state.json").exists():
-        entries = _json_field(folder / "state.json", "_data_files")
-        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
-        return [(_below(folder, name), None) for name in names]
-    shards = sorted(file for file in folder.rglob("*.parquet") if not file.name.startswith("."))
-    if not shards:
-        raise DataError(
-            f"{folder}: not a dataset folder (no state.json, dataset_dict.json or .parquet files); "
-            "give the folder that save_to_disk wrote, or a manifest file"
-        )
-    return [(shard, _split_of_name(shard, folder)) for shard in shards]
-
-
-def _below(folder: Path, name: object) -> Path:
-    """A split or file that the folder's own JSON names: it was downloaded too, and could name any place."""
-    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-        raise DataError(f"{folder}: names the file {name!r} outside its folder; the dataset is damaged, save it again")
-    return folder / name
-
-
-def _json_field(path: Path, field: str) -> list[Any]:
+def _values(file: Path, name: str, column: Any) -> list[Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))[field]
-    except (OSError, ValueError, KeyError, TypeError):
-        value = None
-    if not isinstance(value, list):
-        raise DataError(f"{path}: no list `{field}`; the dataset folder is damaged, save it again")
-    return value
+        values: list[Any] = column.to_pylist()
+        return values
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        row = next(row for row in range(len(column)) if _is_broken(column[row]))
+        reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
+        raise DataError(f"{file}, row {row + 1}: `{name}` {reason}; write this value again") from None
 
 
-def _split_of_name(shard: Path, folder: Path) -> str | None:
-    # Hub repositories name shards `train-00000-of-00002.parquet`, or keep each split in a folder of that name.
-    names = (shard.stem.split("-")[0], *(part.name for part in shard.relative_to(folder).parents))
-    return next((name for name in names if name in SPLIT_NAMES), None)
-
-
-def _file_rows(file: Path, split: str | None) -> Iterator[Row]:
-    table = _parquet_columns(file) if file.suffix == ".parquet" else _stream_columns(file)
-    return _rows(file, table, split)
-
-
-def _rows(file: Path, table: pa.Table, split: str | None) -> Iterator[Row]:
-    for position, values in enumerate(table.to_pylist()):
-        if "embedded" in table.column_names and values.pop("embedded"):
-            values["audio"] = EmbeddedAudio(file, position)
-        elif isinstance(values.get("audio"), dict):
-            values["audio"] = values["audio"].get("path")
-        if split is not None and values.get("split") is None:
-            values["split"] = split
-        yield values
+def _is_broken(value: Any) -> bool:
+    try:
+        value.as_py()
+    except (pa.ArrowException, ValueError, OverflowError):
+        return True
+    return False
 
 
 def _parquet_columns(path: Path) -> pa.Table:
-    table: pa.Table = _readable(path, _parquet_table)
-    return table
-
-
-def _parquet_table(path: Path) -> pa.Table:
     """The manifest columns of a file without audio bytes, and `embedded` [rows] where the file can hold them."""
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
-        check_columns(path, schema.names)
-        check_plain(_used(schema), path)
-        names = [name for name in schema.names if name in COLUMNS]
-        if not _has_bytes(schema):
+        read = _used(path, schema)
+        names, held = read.names, _holds_bytes(schema)
+        if held is None:
             return file.read(columns=names)
         names.remove("audio")
-        if schema.field("audio").type.get_field_index("path") >= 0:
+        if held != "audio" and schema.field("audio").type.get_field_index("path") >= 0:
             names.append("audio.path")
-        flags = [_embedded_flags(file, group) for group in range(file.num_row_groups)]
-        return file.read(columns=names).append_column("embedded", pa.chunked_array(flags, pa.bool_()))
+        flags = [_embedded_flags(file, group, held) for group in range(file.num_row_groups)]
+        return file.read(columns=names).append_column(_EMBEDDED, pa.chunked_array(flags, pa.bool_()))
 
 
-def _used(schema: pa.Schema) -> pa.Schema:
-    """The columns that are read; what the others hold does not matter."""
-    return pa.schema([field for field in schema if field.name in COLUMNS])
+def _used(path: Path, schema: pa.Schema) -> pa.Schema:
+    """The columns that are read; what the others hold does not matter, and no more does a language that is no text."""
+    check_columns(path, schema.names)
+    check_repeated(path, (name for name in schema.names if is_read(name)))
+    used = [field for field in schema if is_read(field.name) and (field.name != "language" or _is_text(field.type))]
+    found = pa.schema(used)
+    check_plain(found, path)
+    return found
 
 
-def _has_bytes(schema: pa.Schema) -> bool:
+def _is_text(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.DictionaryType):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _holds_bytes(schema: pa.Schema) -> str | None:
+    """The path of the column that holds the bytes of recordings, None where `audio` holds none."""
     index = schema.get_field_index("audio")
     kind = schema.field(index).type if index >= 0 else None
-    return kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if kind is None:
+        return None
+    if pa.types.is_struct(kind):
+        return "audio.bytes" if kind.get_field_index("bytes") >= 0 else None
+    if isinstance(kind, pa.DictionaryType):
+        kind = kind.value_type
+    return "audio" if any(of_type(kind) for of_type in _BYTES_TYPES) else None
 
 
-def _embedded_flags(file: pq.ParquetFile, group: int) -> Any:
+def _embedded_flags(file: pq.ParquetFile, group: int, held: str) -> Any:
     """Which rows of a row group carry bytes: from the statistics if they decide it, else by reading the bytes."""
     meta = file.metadata.row_group(group)
     columns = (meta.column(index) for index in range(meta.num_columns))
-    column = next(column for column in columns if column.path_in_schema == "audio.bytes")
+    column = next(column for column in columns if column.path_in_schema == held)
     if column.statistics is not None:
         if column.statistics.null_count == 0:
             return pa.array([True] * meta.num_rows)
         if column.statistics.null_count == meta.num_rows:
             return pa.array([False] * meta.num_rows)
-    table = file.read_row_group(group, columns=["audio.bytes"])
-    return pa.array([value is not None for value in _bytes_column(table)], pa.bool_())
+    return _bytes_column(file.read_row_group(group, columns=[held])).is_valid()
 
 
 def _stream_columns(path: Path) -> pa.Table:
-    table: pa.Table = _readable(path, _stream_table)
-    check_columns(path, table.column_names)
-    check_plain(_used(table.schema), path)
-    columns = {name: table.column(name) for name in table.column_names if name in COLUMNS}
-    if _has_bytes(table.schema):
-        audio: Any = table.column("audio")
-        embedded: list[Any] = [pc.is_valid(chunk.field("bytes")) for chunk in audio.chunks]
-        columns["embedded"] = pa.chunked_array(embedded, pa.bool_())
-        has_path = audio.type.get_field_index("path") >= 0
-        columns["audio"] = pa.chunked_array(
-            [chunk.field("path") if has_path else pa.nulls(len(chunk), pa.string()) for chunk in audio.chunks],
-            pa.string(),
-        )
+    table = _stream_table(path)
+    used = _used(path, table.schema)
+    columns: dict[str, Any] = {name: table.column(name) for name in used.names}
+    if _holds_bytes(table.schema) is not None:
+        columns[_EMBEDDED] = _bytes_column(table).is_valid()
+        audio = columns.pop("audio")
+        if pa.types.is_struct(audio.type) and audio.type.get_field_index("path") >= 0:
+            columns["audio"] = _field(audio, "path")
     return pa.table(columns)
 
 
@@ -199,23 +177,31 @@ def _stream_table(path: Path) -> pa.Table:
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
-def _bytes_column(table: pa.Table) -> list[bytes | None]:
+def _bytes_column(table: pa.Table) -> Any:
     audio: Any = table.column("audio")
-    return [value for chunk in audio.chunks for value in chunk.field("bytes").to_pylist()]
+    return _field(audio, "bytes") if pa.types.is_struct(audio.type) else audio
+
+
+def _field(column: Any, name: str) -> Any:
+    """A field of a struct column; null where the struct is."""
+    index = column.type.get_field_index(name)
+    # flatten(), unlike field(), heeds the validity of the struct itself.
+    chunks = [chunk.flatten()[index] for chunk in column.chunks]
+    return pa.chunked_array(chunks, column.type.field(index).type)
 
 
 def _parquet_bytes(path: Path, rows: Sequence[int]) -> list[bytes | None]:
     """Bytes of sorted rows; each row group is read once."""
     found: dict[int, bytes | None] = {}
     with pq.ParquetFile(path) as file:
-        check_plain(_used(file.schema_arrow), path)
-        first = 0
+        check_plain(pa.schema([file.schema_arrow.field("audio")]), path)
+        held, first = _holds_bytes(file.schema_arrow), 0
         for group in range(file.num_row_groups):
             after = first + file.metadata.row_group(group).num_rows
             here = [row for row in rows if first <= row < after]
             if here:
-                values = _bytes_column(file.read_row_group(group, columns=["audio.bytes"]))
-                found.update((row, values[row - first]) for row in here)
+                values = _bytes_column(file.read_row_group(group, columns=[held]))
+                found.update((row, values[row - first].as_py()) for row in here)
             first = after
     if len(found) < len(set(rows)):
         raise IndexError(f"row {max(rows)} of {first}")
@@ -223,6 +209,8 @@ def _parquet_bytes(path: Path, rows: Sequence[int]) -> list[bytes | None]:
 
 
 def _stream_bytes(path: Path, rows: Sequence[int]) -> list[bytes | None]:
-    table: pa.Table = _stream_table(path).select(["audio"])
-    check_plain(table.schema, path)
-    return _bytes_column(table.take(rows))
+    table = _stream_table(path)
+    check_plain(pa.schema([table.schema.field("audio")]), path)
+    # Row by row, since Arrow cannot take() from all types.
+    values = _bytes_column(table)
+    return [values[row].as_py() for row in rows]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tuner.data.audio import Recording, UnusableAudioError, decode, resample
+from tuner.data.audio import Recording, UnusableAudioError, at_rate, decode
 from tuner.data.plan import Clip
 from tuner.data.tables import EmbeddedAudio, read_audio_bytes
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.text import TextSpec
+from tuner.encoders.text_facts import TextSpec
 
 # 32 clips of 30 s are 49 MB at 128 mel bins and 61 MB as waveforms, below Ray Data's block size of 128 MB.
 CLIPS_PER_BATCH = 32
@@ -117,9 +117,8 @@ class FeatureWorker:
             from tuner.encoders.registry import load_feature_extractor
 
             self._extractor = load_feature_extractor(self._spec)
-        # A rounded-up resampling of a clip at the limit can be a sample longer than the limit.
-        longest = int(self._spec.max_seconds * self._spec.sampling_rate)
-        features, frames = self._extractor.extract(resample(recording, self._spec.sampling_rate)[:longest])
+        waveform = at_rate(recording, self._spec.sampling_rate, self._spec.max_seconds)
+        features, frames = self._extractor.extract(waveform)
         # A pooling encoder makes nothing of the very shortest clips, and a mean over no tokens is NaN.
         if self._spec.token_length(frames) < 1:
             raise UnusableAudioError("too short", f"{len(recording.samples)} samples")

@@ -43,11 +43,19 @@ _DISK_FAULTS = {
     errno.ENOTDIR: "a parent of this folder is a file; give another folder with --out",
     errno.EEXIST: "a parent of this folder is a file; give another folder with --out",
 }
+# These say nothing of the disk: they count only where they are about the very place that is written to.
+_NAME_FAULTS = {
+    errno.ENOENT: "there is no such place and it cannot be made; give another folder with --out",
+    errno.EISDIR: "is a folder; give another name with --out",
+    errno.ENAMETOOLONG: "this name is too long; give a shorter one with --out",
+    errno.ELOOP: "this is a link that leads in a circle; give another folder with --out",
+    errno.EINVAL: "the disk does not take this name; give another one with --out",
+}
 
 
 @contextmanager
 def disk_faults(folder: Path) -> Iterator[None]:
-    """Turn a full or forbidden disk into one sentence.
+    """Turn a full or forbidden disk, or a place that no file can have, into one sentence.
 
     Raises:
         DataError: names the folder and what to do.
@@ -55,9 +63,53 @@ def disk_faults(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+        faults = _DISK_FAULTS | (_NAME_FAULTS if _is_about(error, folder) else {})
+        if error.errno not in faults:
             raise
-        raise DataError(f"{folder}: {_DISK_FAULTS[error.errno]}") from None
+        raise DataError(f"{folder}: {faults[error.errno]}") from None
+
+
+def _is_about(error: OSError, place: Path) -> bool:
+    if not isinstance(error.filename, str | bytes | Path):
+        return False
+    path = Path(os.fsdecode(error.filename)).absolute()
+    return path.is_relative_to(place.absolute().parent) or place.absolute().is_relative_to(path)
+
+
+def check_new_file(target: Path) -> None:
+    """Make sure that a file can be written as `target`, before work is put into its contents; its folder is made.
+
+    Raises:
+        DataError: `target` is a folder, or its folder cannot be made or written to.
+    """
+    with disk_faults(target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder", str(target))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = _staged(target)
+        staged.touch()
+        staged.unlink()
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A file to write in place of `target`, which it replaces at the end; removed again if anything fails.
+
+    Raises:
+        DataError: it cannot be written, see `check_new_file`.
+    """
+    check_new_file(target)
+    staged = _staged(target)
+    with disk_faults(target):
+        try:
+            yield staged
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
+
+
+def _staged(target: Path) -> Path:
+    return target.with_name(f"{target.name}.tmp")
 
 
 @contextmanager

@@ -104,21 +104,24 @@ def _duplicates(step: Step, found: Recordings) -> None:
     for position, (content, others) in enumerate(zip(found.contents, found.identities, strict=True)):
         for key in (f"content {content}", *others):
             by_key.setdefault(key, []).append(position)
-    leaks: list[list[int]] = []
+    leaks: dict[str, list[int]] = {}
     repeats = 0
     for key, group in by_key.items():
         splits = {found.splits[position] for position in group} - {None}
-        if len(splits) > 1 and not any(set(group) <= set(known) for known in leaks):
-            leaks.append(group)
+        if len(splits) > 1 and not any(set(group) <= set(known) for known in leaks.values()):
+            leaks[key] = group
         elif key.startswith("content ") and len(group) > 1:
             repeats += len(group) - 1
     step.values |= {"leaks": len(leaks), "duplicates": repeats}
     if leaks:
-        first = next((p, q) for p in leaks[0] for q in leaks[0] if found.splits[p] != found.splits[q])
+        key, group = next(iter(leaks.items()))
+        first = next((p, q) for p in group for q in group if found.splits[p] != found.splits[q])
         pair = " and ".join(f"{found.names[position]} ({found.splits[position]})" for position in first)
+        by_id = key.startswith("clip_id ")
         step.error(
-            f"recordings in two splits: {len(leaks)}, for example {pair}",
-            "give all rows of one recording the same split and prepare the data again",
+            f"recordings in two splits: {len(leaks)}, for example {pair}" + (f", both with the {key}" if by_id else ""),
+            ("give each recording a clip_id of its own, or " if by_id else "")
+            + "give all rows of one recording the same split and prepare the data again",
         )
     else:
         step.ok("no recording is in two splits, by content, file or clip_id")

@@ -87,7 +87,7 @@ def manifest_recordings(
             found.splits.append(clip.split)
             found.seconds.append(recording.seconds)
             found.contents.append(recording.digest)
-            found.identities.append(clip.identities)
+            found.identities.append(tuple(key.replace("id:", "clip_id ", 1) for key in clip.identities))
             found.captions.append(clip.captions)
         progress(done, len(plan.clips))
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.data.audio import UnusableAudioError, decode, resample
+from tuner.data.audio import UnusableAudioError, at_rate, decode
 from tuner.data.store import Store
 from tuner.data.tables import EmbeddedAudio, read_audio_bytes
 from tuner.diagnose.recordings import Recordings
@@ -49,7 +49,7 @@ def decoded(audio: Sequence[Path | EmbeddedAudio], spec: EncoderSpec) -> tuple[N
             recording = decode(content, spec.max_seconds)
         except UnusableAudioError:
             continue
-        waveforms.append(resample(recording, spec.sampling_rate)[: int(spec.max_seconds * spec.sampling_rate)])
+        waveforms.append(at_rate(recording, spec.sampling_rate, spec.max_seconds))
     return tuple(waveforms)
 
 

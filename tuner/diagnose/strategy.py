@@ -8,7 +8,8 @@ import numpy as np
 
 from tuner.config import LoraSpec, TrialConfig
 from tuner.data.store import Store
-from tuner.diagnose.adapter_files import check_targets, check_weights, read_peft_config
+from tuner.diagnose.adapted import match
+from tuner.diagnose.adapter_files import check_targets, check_weights, read_peft_config, read_shapes
 from tuner.diagnose.findings import Step, duration, flops, gib
 from tuner.diagnose.subject import TEXT_DIM, Subject
 from tuner.diagnose.whole import WholeModel, lora_size, whole_model
@@ -87,9 +88,12 @@ def _files(step: Step, subject: Subject, spec: EncoderSpec, whole: WholeModel) -
     if origin is None:
         return
     try:
-        check_targets(step, read_peft_config(origin), origin, whole, spec)
-        if request.adapter is not None:
-            check_weights(step, request.adapter, whole)
+        config = read_peft_config(origin)
+        held = read_shapes(request.adapter) if request.adapter is not None else None
+        found = match(config, whole, held)
+        check_targets(step, config, origin, found, whole, spec)
+        if request.adapter is not None and held is not None:
+            check_weights(step, request.adapter, held, found, whole)
     except AdapterError as error:
         step.error(str(error))
 

@@ -36,6 +36,7 @@ class WholeModel:
     linears: Mapping[str, Features]
     tower: str
     language_model: str | None = None
+    folder: Path | None = None  # of its configuration; None where the tower is known by its layers alone
 
     def part(self, name: str) -> str:
         """`tower`, `language_model` or `elsewhere`."""
@@ -51,6 +52,21 @@ class WholeModel:
         """Layers of numbered blocks outside the tower: those of the language model, if there is one."""
         part = "language_model" if self.language_model else "elsewhere"
         return tuple(name for name in self.linears if self.part(name) == part and _NUMBER.search(f".{name}."))
+
+    def skeleton(self) -> nn.Module:
+        """A new copy without weights, for PEFT to adapt; of a tower alone, its linear layers under their names."""
+        if self.folder is not None:
+            return _build(self.folder)
+        root = nn.Module()
+        for name, (inputs, outputs) in self.linears.items():
+            *parents, own = name.split(".")
+            place = root
+            for parent in parents:
+                if not hasattr(place, parent):
+                    place.add_module(parent, nn.Module())
+                place = place.get_submodule(parent)
+            place.add_module(own, nn.Linear(inputs, outputs, device="meta"))
+        return root
 
 
 def lora_size(linears: Iterable[Features], rank: int) -> int:
@@ -71,7 +87,7 @@ def whole_model(spec: EncoderSpec) -> WholeModel:
     prefix = _prefix(linears, modules, tower.tower_path)
     if prefix is None:
         return _alone(tower)
-    return WholeModel(linears, prefix, spec.language_model_path or _language_model(linears))
+    return WholeModel(linears, prefix, spec.language_model_path or _language_model(linears), spec.folder)
 
 
 def _alone(tower: EncoderSpec) -> WholeModel:
@@ -89,6 +105,14 @@ def _alone(tower: EncoderSpec) -> WholeModel:
 
 @cache
 def _skeleton(folder: Path) -> Mapping[str, Features]:
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in _build(folder).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _build(folder: Path) -> nn.Module:
     import transformers
 
     config: Any = transformers.AutoConfig.from_pretrained(folder)  # noqa: TID251, values alone
@@ -96,11 +120,7 @@ def _skeleton(folder: Path) -> Mapping[str, Features]:
     build: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     with torch.device("meta"):
         model: nn.Module = (build or transformers.AutoModel.from_config)(config)  # noqa: TID251, no weights
-    return {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    return model
 
 
 def _prefix(linears: Mapping[str, Features], modules: Iterable[str], expected: str | None) -> str | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tuner.errors import EncoderError
+from tuner.lfs import ADVICE, is_pointer
+from tuner.places import expanded, is_file, is_folder
+from tuner.plain_json import parse_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,10 +36,12 @@ def resolve_folder(source: str, patterns: Sequence[str], revision: str | None = 
     Raises:
         EncoderError: the folder does not exist, or the hub id cannot be fetched and is not in the cache.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    if not source.strip():
+        raise EncoderError("an encoder has no name; give a folder with config.json and weights, or a hub id owner/name")
+    folder = expanded(source)
+    if is_folder(folder):
         return folder
-    if folder.is_file():
+    if is_file(folder):
         raise EncoderError(f"{source}: is a file; give the folder that holds config.json and the weights")
     if not _HUB_ID.fullmatch(source) or source.startswith("."):
         raise EncoderError(
@@ -67,7 +71,7 @@ def fetch_weights(source: str, folder: Path, parts: Sequence[Sequence[str]]) -> 
     Raises:
         EncoderError: the index is damaged, or the hub does not deliver the weights.
     """
-    if Path(source).expanduser().is_dir():
+    if is_folder(expanded(source)):
         return
     files = [SINGLE]
     if (folder / INDEX).is_file():
@@ -83,10 +87,11 @@ def read_json(path: Path) -> dict[str, Any]:
         EncoderError: the file is missing or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EncoderError(f"{path}: cannot be read ({error.strerror}); the folder is not a complete model") from None
     except ValueError as error:
+        refuse_pointers([path])
         raise EncoderError(f"{path}: not valid JSON ({error}); fetch the model again") from None
     if not isinstance(value, dict):
         raise EncoderError(f"{path}: expected a JSON object; fetch the model again")
@@ -113,9 +118,9 @@ def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise EncoderError(f"{folder}: {INDEX} names {missing[0]}, which is not there; fetch the model again")
-        return [folder / name for name in names]
+        return refuse_pointers([folder / name for name in names])
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return refuse_pointers([folder / SINGLE])
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise EncoderError(
@@ -123,6 +128,18 @@ def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
             "(save_pretrained of a current transformers does)"
         )
     raise EncoderError(f"{folder}: no weights in folder; expected {SINGLE}, {INDEX} or a faster-whisper model.bin")
+
+
+def refuse_pointers(files: list[Path]) -> list[Path]:
+    """The files as they are given.
+
+    Raises:
+        EncoderError: one of them is a Git LFS pointer.
+    """
+    for file in files:
+        if is_pointer(file):
+            raise EncoderError(f"{file}: {ADVICE}")
+    return files
 
 
 def names_below(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:

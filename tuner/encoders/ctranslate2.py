@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.encoders.checkpoint import refuse_pointers
 from tuner.errors import EncoderError
 
 FILE_NAME = "model.bin"
@@ -97,6 +98,7 @@ def read_header(path: Path) -> Header:
     Raises:
         EncoderError: not this format, another version of it, or the file ends early.
     """
+    refuse_pointers([path])
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
             cursor = _Cursor(buffer)

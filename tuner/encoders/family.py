@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from tuner.config import EncoderPath, EncoderRef
 from tuner.encoders.checkpoint import fingerprint
+from tuner.encoders.preprocessor import preprocessor_file
 from tuner.encoders.spec import CheckpointKind, EncoderSpec
 
-PREPROCESSOR = "preprocessor_config.json"
 # Where a whole model has its audio tower: in transformers, and in checkpoints, of which those of transformers 4 have it
 # one level higher.
 TOWER_PATH = "model.audio_tower"
@@ -61,7 +61,7 @@ class EncoderSource:
             weights: files that hold the encoder.
             settings: what its output depends on besides its files.
         """
-        configs = [self.folder / "config.json", self.folder / PREPROCESSOR]
+        configs = [self.folder / "config.json", preprocessor_file(self.folder)]
         return {
             "family": self.model_type,
             "source": self.ref.source,

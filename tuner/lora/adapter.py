@@ -27,12 +27,14 @@ from tuner.config import LoraSpec
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import AdapterError, PlacementError
+from tuner.lfs import ADVICE, is_pointer
 from tuner.lora.dropout import LoraDropout
 from tuner.lora.linear import LoraLinear
 from tuner.lora.placement import Placement, StagePlacement, encoding_spec, resolve_placement
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
 _FILE_PREFIX = "base_model.model."  # where a PeftModel holds the encoder's model
 # Fields that `_peft_config` sets, and those that PEFT itself adds.
 _SETTINGS = frozenset(
@@ -229,6 +231,16 @@ def _own_peft_config(model: nn.Module) -> Iterator[None]:
             model.__dict__["peft_config"] = merged
 
 
+def missing_weights(folder: Path) -> str:
+    """The sentence about an adapter's folder without its safetensors file."""
+    if (folder / PICKLED_FILE).is_file():
+        return (
+            f"{folder}: {WEIGHTS_FILE} is missing, and {PICKLED_FILE} beside it is not read, since it may run code; "
+            "if you trust it, convert it with PEFT: PeftModel.from_pretrained(model, folder).save_pretrained(folder)"
+        )
+    return f"{folder}: {WEIGHTS_FILE} is missing; give the folder of an exported adapter"
+
+
 def _mismatch(placement: Placement, matched: list[str]) -> str:
     wanted, found = set(placement.modules), set(matched)
     counts = Counter(path.rpartition(".")[2] for path in matched)
@@ -238,9 +250,10 @@ def _mismatch(placement: Placement, matched: list[str]) -> str:
 
 
 def _read_config(folder: Path) -> peft.LoraConfig:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise AdapterError(f"{folder}: {file} is missing; give the folder of an exported adapter")
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{folder}: {CONFIG_FILE} is missing; give the folder of an exported adapter")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterError(missing_weights(folder))
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -269,6 +282,8 @@ def _check_tensors(encoder: AudioEncoder, folder: Path, config: peft.LoraConfig)
     try:
         tensors = load_file(path)
     except SafetensorError as error:
+        if is_pointer(path):
+            raise AdapterError(f"{path}: {ADVICE}") from None
         raise AdapterError(f"{path}: is a damaged safetensors file ({error}); export the adapter again") from None
     wanted: dict[str, tuple[int, ...]] = {}
     for module, layer in encoder.model.named_modules():

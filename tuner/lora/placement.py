@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from tuner.config import HeadSpec, LoraSpec, TrialConfig
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Part, Stage
 from tuner.errors import PlacementError
+from tuner.near import nearest, shown
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer of the adapted blocks
 _PARTS: dict[str, tuple[Part, ...]] = {
@@ -145,10 +145,10 @@ def _check_targets(spec: EncoderSpec, parts: tuple[Part, ...], names: Iterable[s
             continue
         there = dict.fromkeys(own for stage in stages for own in stage.targets)
         aliases = dict.fromkeys(alias for stage in stages for alias in stage.aliases)
-        near = difflib.get_close_matches(name, [*there, *aliases], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        match = nearest(name, [*there, *aliases])
+        hint = f"; did you mean {match}?" if match else ""
         raise PlacementError(
-            f"lora.targets: the blocks of {_BLOCKS_OF[parts[0]]}{spec.source} ({spec.family}) have no {name!r}; "
+            f"lora.targets: the blocks of {_BLOCKS_OF[parts[0]]}{spec.source} ({spec.family}) have no {shown(name)}; "
             f"they have {', '.join(there)}{hint}"
         )
 

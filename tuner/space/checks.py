@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from tuner import near
 from tuner.errors import SpaceError
 from tuner.space.dimension import TARGETS, Choice, FloatRange, IntRange, check_value, searchable_fields
 
@@ -53,8 +53,8 @@ def resolve_modules(targets: object, target_sets: TargetSets) -> tuple[str, ...]
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for error messages, empty when nothing known is like `word`."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    match = near.nearest(word, known)
+    return f" (did you mean {match}?)" if match else ""
 
 
 def describe(error: ValidationError, top_level: list[str]) -> str:
@@ -69,7 +69,7 @@ def describe(error: ValidationError, top_level: list[str]) -> str:
     if first["type"] == "extra_forbidden":
         known = DIMENSION_KEYS[tag] if tag else top_level
         holder = ": ".join(location[:-1])
-        unknown = f"{holder} has the unknown key {key!r}" if holder else f"unknown key {key!r}"
+        unknown = f"{holder} has the unknown key {near.shown(key)}" if holder else f"unknown key {near.shown(key)}"
         return f"{unknown}{nearest(key, known)}; known are {', '.join(known)}"
     if first["type"] == "missing":
         return f"{key} is missing; write {key}: ..."
@@ -78,7 +78,7 @@ def describe(error: ValidationError, top_level: list[str]) -> str:
     said = first["msg"].removeprefix("Value error, ")
     said = said[0].lower() + said[1:]
     detail = f" {'.'.join(location[2:3])}" if len(location) > 2 else ""
-    return f"{where}{detail} cannot be {first['input']!r}: {said}"
+    return f"{where}{detail} cannot be {near.shown(first['input'])}: {said}"
 
 
 def _check_path(where: str, path: str) -> None:
@@ -86,7 +86,9 @@ def _check_path(where: str, path: str) -> None:
         raise SpaceError(f"{where}: seed is no hyperparameter, leave it out; the search gives every trial its own")
     if path not in searchable_fields():
         hint = nearest(path, searchable_fields())
-        raise SpaceError(f"{where}: {path} is no field of a trial{hint}; known are {', '.join(searchable_fields())}")
+        raise SpaceError(
+            f"{where}: {path[:60]} is no field of a trial{hint}; known are {', '.join(searchable_fields())}"
+        )
 
 
 def _check_field(where: str, path: str, value: object, target_sets: TargetSets) -> None:
@@ -104,7 +106,7 @@ def _known_modules(value: object, target_sets: TargetSets) -> object:
     if value not in target_sets and value not in modules:
         hint = nearest(value, [*target_sets, *sorted(modules)])
         raise SpaceError(
-            f"names {value!r}, neither a target set nor a module of one{hint}; declare it under target_sets"
+            f"names {near.shown(value)}, neither a target set nor a module of one{hint}; declare it under target_sets"
         )
     return resolve_modules(value, target_sets)
 

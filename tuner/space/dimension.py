@@ -24,6 +24,7 @@ from pydantic import (
 
 from tuner.config import Frozen, TrialConfig
 from tuner.errors import SpaceError
+from tuner.near import shown
 
 TARGETS = "lora.targets"
 PLACEMENT = "lora.placement"
@@ -237,7 +238,7 @@ def check_value(path: str, value: object) -> None:
         hint = ""
         if isinstance(value, str) and _is_number(value):
             hint = "; YAML reads this as text, write it with a point and without quotes, such as 1.0e-3"
-        raise SpaceError(f"cannot be {value!r}: {said[0].lower()}{said[1:]}{hint}") from None
+        raise SpaceError(f"cannot be {shown(value)}: {said[0].lower()}{said[1:]}{hint}") from None
 
 
 def _leaves(model: type[BaseModel], prefix: str) -> dict[str, TypeAdapter[Any]]:

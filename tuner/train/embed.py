@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import soundfile
 from numpy.typing import NDArray
 
-from tuner.data.audio import UnusableAudioError, decode, resample
-from tuner.data.writer import disk_faults
+from tuner.data.audio import UnusableAudioError, at_rate, decode
+from tuner.data.writer import new_file
 from tuner.encoders.registry import load_feature_extractor
 from tuner.errors import DataError
+from tuner.places import is_file, is_folder
 from tuner.train.evaluate import LoadedAdapter
 
 FILES_PER_BATCH = 64
@@ -44,9 +45,9 @@ def find_recordings(paths: Sequence[Path]) -> list[Path]:
     endings = {f".{name.lower()}" for name in soundfile.available_formats()}
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if is_folder(path):
             found += sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
-        elif path.is_file():
+        elif is_file(path):
             found.append(path)
         else:
             raise DataError(f"{path}: no such file or folder; give recordings or folders of recordings")
@@ -64,7 +65,7 @@ def embed_files(
         Number of recordings written, and the others, each with the reason.
 
     Raises:
-        DataError: the disk is full, or none of the recordings can be used.
+        DataError: the file cannot be written, or none of the recordings can be used.
     """
     width = adapter.card.text_dim
     columns: list[tuple[str, Any]] = [
@@ -74,9 +75,9 @@ def embed_files(
     ]
     schema = pa.schema(columns)
     reader = _Reader(adapter)
-    staged, written = out.with_name(out.name + ".tmp"), 0
-    try:
-        with disk_faults(out), pq.ParquetWriter(staged, schema) as writer:
+    written = 0
+    with new_file(out) as staged:
+        with pq.ParquetWriter(staged, schema) as writer:
             for start in range(0, len(files), FILES_PER_BATCH):
                 usable, seconds, clips = reader.read(files[start : start + FILES_PER_BATCH])
                 if usable:
@@ -88,9 +89,6 @@ def embed_files(
         if not written:
             path, reason = reader.rejects[0]
             raise DataError(f"{path}: {reason}; none of {len(files)} recordings can be used")
-        staged.replace(out)
-    finally:
-        staged.unlink(missing_ok=True)
     return written, reader.rejects
 
 
@@ -110,7 +108,7 @@ class _Reader:
             except UnusableAudioError as error:
                 self.rejects.append((path, " ".join(filter(None, (error.reason, error.detail)))))
                 continue
-            features, count = self.extractor.extract(resample(recording, self.spec.sampling_rate))
+            features, count = self.extractor.extract(at_rate(recording, self.spec.sampling_rate, self.spec.max_seconds))
             if self.spec.token_length(count) < 1:
                 self.rejects.append((path, "too short for this encoder"))
                 continue

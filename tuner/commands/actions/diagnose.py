@@ -22,6 +22,7 @@ from tuner.diagnose.subject import DiagnoseRequest
 from tuner.diagnose.terminal import show
 from tuner.encoders.checkpoint import CONFIG_PATTERNS, resolve_folder
 from tuner.errors import AdapterError, EncoderError
+from tuner.places import absolute_source
 from tuner.space import SearchSpace, load_space
 from tuner.train.export import CARD_FILE, read_card
 
@@ -124,7 +125,7 @@ def _encoder(question: Question, store: Store | None, space: SearchSpace | None)
     """The encoder named, or that of the data, of the adapter or of the demo, with the path that is to run."""
     adapter, pad = question.adapter, question.pad_to_30s
     if question.encoder is not None:
-        reference = EncoderRef(source=question.encoder, pad_to_30s=pad)
+        reference = EncoderRef(source=absolute_source(question.encoder), pad_to_30s=pad)
     elif store is not None:
         reference = store.encoder
     elif adapter is not None and (adapter / CARD_FILE).is_file():

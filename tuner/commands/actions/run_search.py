@@ -11,7 +11,7 @@ import typer
 
 from tuner.commands.actions.dry_run import dry_run
 from tuner.commands.actions.jobs import Submitted, submit_search
-from tuner.commands.actions.stores import choose_path, find_store, place_of
+from tuner.commands.actions.stores import choose_path, encoder_of, find_store, place_of
 from tuner.commands.console import INTERRUPTED, say
 from tuner.commands.options import DataChoice, Typed, study_folder
 from tuner.config import RunSettings
@@ -241,7 +241,7 @@ def _settings(place: Place, wanted: NewStudy, space: SearchSpace) -> RunSettings
     store = find_store(choice)
     values: dict[str, object] = {
         "store": place_of(store, wanted.data, place.storage),
-        "encoder": choose_path(Store.open(store).encoder, wanted.path, space),
+        "encoder": choose_path(encoder_of(Store.open(store), choice), wanted.path, space),
         "epochs": wanted.epochs,
         "batch_size": wanted.batch_size,
         "data_seed": wanted.seed,

@@ -13,8 +13,9 @@ from tuner.data.remote import STORES, fetch_store, upload_store
 from tuner.data.store import META_FILE, Store
 from tuner.demo import fetch_demo
 from tuner.encoders.registry import inspect_encoder
-from tuner.encoders.text import inspect_text_encoder
+from tuner.encoders.text_facts import inspect_text_encoder
 from tuner.errors import ConfigError, Field
+from tuner.places import absolute_source, is_file
 from tuner.space import SearchSpace
 from tuner.storage import Storage, is_uri
 
@@ -27,7 +28,7 @@ def find_store(choice: DataChoice) -> Path:
         DataError: as `prepare`.
     """
     path = fetch_store(choice.data) if is_uri(choice.data) else Path(choice.data)
-    prepared = choice.data == DEMO or (path / META_FILE).is_file()
+    prepared = choice.data == DEMO or is_file(path / META_FILE)
     check_audio_root(choice.audio_root, not prepared)
     if choice.data == DEMO:
         return _demo_store(choice)
@@ -84,6 +85,16 @@ def make_store(manifest: Path, choice: DataChoice, out: Path | None, options: Pr
     outcome = "prepared before" if result.reused else f"{result.rejects} rejects"
     say(f"{result.store}: {result.clips} clips, {outcome}")
     return result.store
+
+
+def encoder_of(store: Store, choice: DataChoice) -> EncoderRef:
+    """The encoder of the store that `find_store` gave for `choice`, in the place that `--encoder` names.
+
+    It may have moved since the store was made; that it is the same one has been compared.
+    """
+    if choice.encoder is None:
+        return store.encoder
+    return store.encoder.model_copy(update={"source": absolute_source(choice.encoder)})
 
 
 def choose_path(encoder: EncoderRef, path: str | None, space: SearchSpace) -> EncoderRef:

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuner.encoders.checkpoint import positive, read_json, tower_config, weight_files
-from tuner.encoders.family import PREPROCESSOR, EncoderSource, Family
+from tuner.encoders.checkpoint import positive, tower_config, weight_files
+from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.preprocessor import preprocessor_file, read_preprocessor
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.errors import EncoderError
 
@@ -81,12 +82,12 @@ def inspect(source: EncoderSource) -> EncoderSpec:
             "use a checkpoint without fusion, such as laion/clap-htsat-unfused"
         )
     mels, size = positive(config, "num_mel_bins", folder), positive(config, "spec_size", folder)
-    extractor = read_preprocessor(folder / PREPROCESSOR, mels)
+    extractor = read_settings(folder, mels)
     frames = extractor["max_length_s"] * SAMPLING_RATE // extractor["hop_length"] + 1
     if frames > size * (size // mels):
         raise EncoderError(
-            f"{folder}: {PREPROCESSOR} makes {frames} frames, more than the {size * (size // mels)} that spec_size and "
-            "num_mel_bins in config.json have room for; fetch the model again"
+            f"{preprocessor_file(folder)}: makes {frames} frames, more than the {size * (size // mels)} that spec_size "
+            "and num_mel_bins in config.json have room for; fetch the model again"
         )
     return EncoderSpec(
         **source.facts(weight_files(folder, PREFIXES[source.model_type])),
@@ -157,15 +158,16 @@ def _tower_path(source: EncoderSource) -> str:
     return "audio_encoder" if bare else "audio_model.audio_encoder"
 
 
-def read_preprocessor(path: Path, mels: int) -> dict[str, Any]:
-    """Configuration of the front end.
+def read_settings(folder: Path, mels: int) -> dict[str, Any]:
+    """Settings of the front end.
 
     Raises:
-        EncoderError: it is missing, or contradicts the encoder.
+        EncoderError: they are missing, or contradict the encoder.
     """
-    if not path.is_file():
+    path, given = preprocessor_file(folder), read_preprocessor(folder)
+    if given is None:
         raise EncoderError(f"{path}: is missing, and it alone says how a clip fills the window; fetch it too")
-    config: dict[str, Any] = _EXTRACTOR_DEFAULTS | read_json(path)
+    config: dict[str, Any] = _EXTRACTOR_DEFAULTS | given
     for name, value in {"sampling_rate": SAMPLING_RATE, "feature_size": mels, "truncation": "rand_trunc"}.items():
         if config[name] != value:
             raise EncoderError(f"{path}: {name} is {config[name]}, but this encoder reads {value}; fetch it again")

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import ClapFeatureExtractor
 
-from tuner.encoders.clap.facts import SAMPLING_RATE, read_preprocessor
-from tuner.encoders.family import PREPROCESSOR
+from tuner.encoders.clap.facts import SAMPLING_RATE, read_settings
 from tuner.encoders.spec import EncoderSpec
 from tuner.errors import DataError
 
@@ -19,7 +18,7 @@ class ClapFeatures:
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
-        config = read_preprocessor(spec.folder / PREPROCESSOR, spec.feature_channels)
+        config = read_settings(spec.folder, spec.feature_channels)
         self.extractor: Any = ClapFeatureExtractor.from_dict(config)
 
     def extract(self, waveform: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:

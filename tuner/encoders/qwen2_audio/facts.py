@@ -17,7 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from tuner.encoders.checkpoint import fingerprint, positive, tower_config, weight_files
-from tuner.encoders.family import PREPROCESSOR, TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
+from tuner.encoders.family import TOWER_PATH, TOWER_PREFIXES, EncoderSource, Family
+from tuner.encoders.preprocessor import preprocessor_file
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.encoders.whisper.facts import READERS, whisper_spec
 from tuner.errors import EncoderError
@@ -89,7 +90,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _with_language_model(source: EncoderSource, tower: EncoderSpec) -> EncoderSpec:
     folder, (stage,) = source.folder, tower.stages
     weights = sorted({file for prefixes in PARTS.values() for file in weight_files(folder, prefixes)})
-    configs = [folder / "config.json", folder / PREPROCESSOR]
+    configs = [folder / "config.json", preprocessor_file(folder)]
     inside = replace(stage, block_path=f"audio_tower.{stage.block_path}")
     return replace(
         tower,

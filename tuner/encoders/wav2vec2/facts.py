@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tuner.encoders.checkpoint import positive, read_json, weight_files
-from tuner.encoders.family import PREPROCESSOR, EncoderSource, Family
+from tuner.encoders.checkpoint import positive, weight_files
+from tuner.encoders.family import EncoderSource, Family
+from tuner.encoders.preprocessor import preprocessor_file, read_preprocessor
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Stage, Window
 from tuner.errors import EncoderError
 
@@ -51,7 +52,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     for field, part in _UNKNOWN_PARTS.items():
         if config.get(field):
             raise EncoderError(f"{folder}: {field} in config.json asks for {part}, which this program does not run")
-    read_preprocessor(folder / PREPROCESSOR)
+    read_settings(folder)
     layers = positive(config, "num_hidden_layers", folder)
     width, wide = positive(config, "hidden_size", folder), positive(config, "intermediate_size", folder)
     targets = {name: LinearTarget(f"attention.{name}", width, width, name in READERS) for name in ATTENTION}
@@ -69,15 +70,15 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     )
 
 
-def read_preprocessor(path: Path) -> dict[str, Any]:
-    """Configuration of the front end.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Settings of the front end.
 
     Raises:
-        EncoderError: it is missing, or its sampling rate is another than the encoder's.
+        EncoderError: they are missing, or their sampling rate is another than the encoder's.
     """
-    if not path.is_file():
+    path, config = preprocessor_file(folder), read_preprocessor(folder)
+    if config is None:
         raise EncoderError(f"{path}: is missing, and it alone says how the waveform is normalised; fetch it too")
-    config = read_json(path)
     rate = config.get("sampling_rate", SAMPLING_RATE)
     if rate != SAMPLING_RATE:
         raise EncoderError(f"{path}: sampling_rate is {rate}, but this encoder reads {SAMPLING_RATE}; fetch it again")

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import Wav2Vec2FeatureExtractor
 
-from tuner.encoders.family import PREPROCESSOR
 from tuner.encoders.spec import EncoderSpec
-from tuner.encoders.wav2vec2.facts import MAX_SECONDS, SAMPLING_RATE, read_preprocessor
+from tuner.encoders.wav2vec2.facts import MAX_SECONDS, SAMPLING_RATE, read_settings
 from tuner.errors import DataError
 
 
@@ -19,7 +18,7 @@ class WaveformFeatures:
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
-        self.extractor: Any = Wav2Vec2FeatureExtractor.from_dict(read_preprocessor(spec.folder / PREPROCESSOR))
+        self.extractor: Any = Wav2Vec2FeatureExtractor.from_dict(read_settings(spec.folder))
 
     def extract(self, waveform: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
         """Samples [1, S] from mono samples [S] at 16 kHz, and their number.

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import WhisperFeatureExtractor
 
-from tuner.encoders.checkpoint import read_json
-from tuner.encoders.family import PREPROCESSOR
+from tuner.encoders.preprocessor import preprocessor_file, read_preprocessor
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.whisper.facts import HOP, SAMPLING_RATE
 from tuner.errors import DataError, EncoderError
@@ -32,7 +31,7 @@ class WhisperFeatures:
     """Log-mel features of a clip: the frames of the 30 s window that the clip reaches, computed without the rest."""
 
     def __init__(self, spec: EncoderSpec) -> None:
-        config = read_json(spec.folder / PREPROCESSOR) if (spec.folder / PREPROCESSOR).is_file() else {}
+        config = read_preprocessor(spec.folder) or {}
         self.spec = spec
         self.extractor: Any = WhisperFeatureExtractor.from_dict({"feature_size": spec.feature_channels} | config)
         expected = {"feature_size": spec.feature_channels, "sampling_rate": SAMPLING_RATE, "hop_length": HOP}
@@ -40,7 +39,7 @@ class WhisperFeatures:
             found = getattr(self.extractor, name)
             if found != value:
                 raise EncoderError(
-                    f"{spec.folder / PREPROCESSOR}: {name} is {found}, but this encoder reads {value}; "
+                    f"{preprocessor_file(spec.folder)}: {name} is {found}, but this encoder reads {value}; "
                     "fetch the model again"
                 )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from tuner.near import nearest
 
 PLACEHOLDER = "REPLACE"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -54,8 +55,8 @@ def _unknown_keys(where: str, instance: Mapping[str, Any], schema: Mapping[str, 
     for key in instance:
         if key in known or any(re.search(pattern, str(key)) for pattern in patterns):
             continue
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        match = nearest(str(key), known)
+        hint = f"did you mean {match}?" if match else f"known are {', '.join(sorted(known))}"
         yield Mistake(_below(where, key), f"no such key; {hint}")
 
 
