@@ -262,7 +262,7 @@ def test_a_front_end_that_cannot_be_used(tmp_path: Path, change: dict[str, Any],
     with pytest.raises(EncoderError, match=match):
         inspect_encoder(EncoderRef(source=str(tmp_path)))
     path.unlink()
-    with pytest.raises(EncoderError, match="is missing, and it alone says how a clip fills the window"):
+    with pytest.raises(EncoderError, match="is missing, but it defines how a clip fills the window"):
         inspect_encoder(EncoderRef(source=str(tmp_path)))
 
 

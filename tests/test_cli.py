@@ -89,7 +89,7 @@ def test_an_unknown_space_names_the_nearest(terminal: Terminal, tiny: Tiny) -> N
         ({"dimesions": {}}, "did you mean dimensions?"),
         ({"dimensions": {**SPACE["dimensions"], "lora.dropuot": {"choice": [0.1]}}}, "did you mean lora.dropout?"),
         ({"dimensions": {**SPACE["dimensions"], "lora.rank": {"int": [8, 2]}}}, "lora.rank has the empty range"),
-        ({"dimensions": {**SPACE["dimensions"], "lora.rank": {"choice": []}}}, "lora.rank has nothing to choose from"),
+        ({"dimensions": {**SPACE["dimensions"], "lora.rank": {"choice": []}}}, "lora.rank has an empty choice"),
         ({"dimensions": {**SPACE["dimensions"], "lora.rank": {"int": [0, 2]}}}, "lora.rank cannot be 0"),
     ],
 )

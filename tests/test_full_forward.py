@@ -232,7 +232,7 @@ def test_what_cannot_be_run(model: Qwen2AudioForConditionalGeneration, folder: P
     shutil.copytree(folder, other)
     (other / weight_map(folder)["language_model.model.norm.weight"]).unlink()
     inspect(other, "audio_tower")
-    with pytest.raises(EncoderError, match="which is not there"):
+    with pytest.raises(EncoderError, match="which is missing"):
         inspect(other)
     for change in ({"model_type": "llama"}, {"use_sliding_window": True}):
         changed = Path(shutil.copytree(folder, tmp_path / next(iter(change))))

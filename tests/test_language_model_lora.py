@@ -242,7 +242,7 @@ def test_what_ends_at_the_tower_needs_no_language_model(trained: Trained, full: 
         embeddings = [load(trained.folder, encoder).embed(full.store(), CLIPS) for encoder in (elsewhere, None)]
         assert torch.equal(*embeddings)
     else:
-        with pytest.raises(EncoderError, match="which is not there"):
+        with pytest.raises(EncoderError, match="which is missing"):
             load(trained.folder, elsewhere)
 
 

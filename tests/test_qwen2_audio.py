@@ -298,7 +298,7 @@ def test_the_nested_configuration_may_leave_out_defaults(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     spec = inspect(folder)
     assert (spec.hidden_size, spec.num_layers, spec.feature_channels, spec.max_frames) == (80, 32, 128, 3000)
-    with pytest.raises(EncoderError, match=r"weights do not fit config.json: .* missing .* misshaped"):
+    with pytest.raises(EncoderError, match=r"weights do not match config.json: .* missing .* misshaped"):
         load_encoder(spec, torch.float32)
 
 
@@ -307,7 +307,7 @@ def test_what_cannot_be_used(folder: Path) -> None:
         inspect_encoder(EncoderRef(source=str(folder), pad_to_30s=True))
     missing = min(tower_shards(folder))
     (folder / missing).unlink()
-    with pytest.raises(EncoderError, match=f"names {missing}, which is not there"):
+    with pytest.raises(EncoderError, match=f"lists {missing}, which is missing"):
         inspect(folder)
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["audio_tower.conv1.bias"] = "../elsewhere.safetensors"

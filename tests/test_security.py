@@ -78,7 +78,7 @@ def test_pickled_weights_of_an_encoder_are_not_read(tmp_path: Path, mark: Path) 
     (folder / SINGLE).unlink()
     for name in ("pytorch_model.bin", "model.pt", "model.ckpt"):
         (folder / name).write_bytes(bomb)
-        raises(EncoderError, f"{name} may run code when loaded and is not read", lambda: inspect_encoder(ref))
+        raises(EncoderError, f"{name} may run code when loaded, so it is not read", lambda: inspect_encoder(ref))
         (folder / INDEX).write_text(json.dumps({"weight_map": {"encoder.conv1.weight": name}}))
         raises(EncoderError, f"'{name}', not safetensors", lambda: inspect_encoder(ref))
         (folder / INDEX).unlink()

@@ -255,7 +255,9 @@ def test_shipped_spaces_are_listed() -> None:
 
 
 def test_unknown_space_names_the_nearest_and_lists_all() -> None:
-    with pytest.raises(SpaceError, match=r"'atention_only' \(did you mean attention_only\?\); there are attention_mlp"):
+    with pytest.raises(
+        SpaceError, match=r"'atention_only' \(did you mean attention_only\?\); use one of attention_mlp"
+    ):
         load_space("atention_only")
 
 
@@ -266,7 +268,7 @@ def test_own_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_space("query_value").description == "Mine."
     assert [shipped.name for shipped in list_spaces()] == SHIPPED
     monkeypatch.setenv("TUNER_SPACES", str(tmp_path / "absent"))
-    with pytest.raises(SpaceError, match=r"TUNER_SPACES: .*absent is not a folder"):
+    with pytest.raises(SpaceError, match=r"TUNER_SPACES=.*absent: is not a folder"):
         load_space("query_value")
 
 
@@ -280,22 +282,22 @@ def test_path_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"name is 'small' but the file is 'other.yaml'"):
         load_space(str(tmp_path / "other.yaml"))
     (tmp_path / "broken.yaml").write_text("name: [", encoding="utf-8")
-    with pytest.raises(SpaceError, match=r"broken.yaml: not valid YAML"):
+    with pytest.raises(SpaceError, match=r"broken.yaml: is not valid YAML"):
         load_space(str(tmp_path / "broken.yaml"))
 
 
 MISTAKES: list[tuple[str, object, str]] = [
-    ("not a mapping", ["a"], "is not a space"),
+    ("not a mapping", ["a"], "is not a search space"),
     ("unknown key", {**VALID, "dimension": {}}, r"unknown key 'dimension' \(did you mean dimensions\?\)"),
     ("missing key", {"name": "small", "description": "x"}, "dimensions is missing"),
     ("no dimension", {**VALID, "dimensions": {}}, "dimensions cannot be {}"),
     (
         "unknown path",
         with_dimension("lora.rnak", {"choice": [1]}),
-        r"lora.rnak is no field of a trial \(did you mean lora.rank",
+        r"lora.rnak is not a field of a trial \(did you mean lora.rank",
     ),
-    ("seed", with_dimension("seed", {"choice": [1, 2]}), "seed is no hyperparameter"),
-    ("a group", with_dimension("lora", {"choice": [1]}), "lora is no field"),
+    ("seed", with_dimension("seed", {"choice": [1, 2]}), "seed is not a hyperparameter"),
+    ("a group", with_dimension("lora", {"choice": [1]}), "lora is not a field"),
     (
         "dimension key",
         with_dimension("lora.rank", {"int": [2, 8], "stp": 2}),
@@ -332,35 +334,35 @@ MISTAKES: list[tuple[str, object, str]] = [
     ),
     ("range of flags", with_dimension("lora.rslora", {"int": [0, 1]}), "lora.rslora cannot be 0"),
     ("nested choice", with_dimension("lora.targets", {"choice": [["q_proj"]]}), "lora.targets choice cannot be"),
-    ("empty choice", with_dimension("lora.rank", {"choice": []}), "lora.rank has nothing to choose from"),
+    ("empty choice", with_dimension("lora.rank", {"choice": []}), "lora.rank has an empty choice"),
     ("repeated choice", with_dimension("lora.rank", {"choice": [2, 4, 2]}), "lora.rank lists a value twice"),
     ("empty range", with_dimension("lora.rank", {"int": [8, 8]}), r"lora.rank has the empty range int: \[8, 8\]"),
     ("reversed range", with_dimension("lora.dropout", {"float": [0.2, 0.1]}), "lora.dropout has the empty range"),
     ("three bounds", with_dimension("lora.rank", {"int": [2, 4, 8]}), r"lora.rank int cannot be \[2, 4, 8\]"),
-    ("log from zero", with_dimension("lora.dropout", {"float": [0.0, 0.2], "log": True}), "starts above 0"),
+    ("log from zero", with_dimension("lora.dropout", {"float": [0.0, 0.2], "log": True}), "start the range above 0"),
     ("log and step", with_dimension("lora.rank", {"int": [2, 8], "step": 2, "log": True}), "has both log and step"),
     (
         "log, step of a float",
         with_dimension("lora.dropout", {"float": [0.1, 0.2], "step": 0.1, "log": True}),
         "has both",
     ),
-    ("step too large", with_dimension("lora.rank", {"int": [2, 8], "step": 7}), "has step 7, which must be above 0"),
+    ("step too large", with_dimension("lora.rank", {"int": [2, 8], "step": 7}), "has step 7; give a step above 0"),
     (
         "step zero",
         with_dimension("lora.dropout", {"float": [0.0, 0.2], "step": 0}),
-        "has step 0, which must be above 0",
+        "has step 0; give a step above 0",
     ),
     ("step not dividing", with_dimension("lora.dropout", {"float": [0.0, 0.2], "step": 0.03}), "does not divide"),
     ("int step not dividing", with_dimension("lora.rank", {"int": [2, 8], "step": 4}), "does not divide"),
     (
         "undeclared set",
         with_dimension("lora.targets", {"choice": ["atention"]}),
-        r"names 'atention'.*did you mean attention",
+        r"has 'atention'.*did you mean attention",
     ),
     (
         "undeclared fixed set",
         {**VALID, "dimensions": {"lora.rank": {"choice": [2]}}, "fixed": {"lora.targets": "all"}},
-        "names 'all'",
+        "has 'all'",
     ),
     ("targets of numbers", with_dimension("lora.targets", {"choice": [1]}), "lora.targets cannot be"),
     (
@@ -368,17 +370,17 @@ MISTAKES: list[tuple[str, object, str]] = [
         with_dimension("lora.targets", {"choice": ["query", "q_proj"]}),
         "two names for the same modules",
     ),
-    ("empty set", {**VALID, "target_sets": {"attention": []}}, "target_sets: attention lists no module"),
+    ("empty set", {**VALID, "target_sets": {"attention": []}}, "target_sets: attention is empty"),
     (
         "repeated module",
         {**VALID, "target_sets": {"attention": ["q", "q"]}},
-        "target_sets: attention lists no module, or one",
+        "target_sets: attention is empty or lists a module twice",
     ),
     ("set of numbers", {**VALID, "target_sets": {"attention": [1]}}, "target_sets: attention 0 cannot be 1"),
     ("fixed and searched", {**VALID, "fixed": {"lora.rank": 8}}, "lora.rank is both under fixed and under dimensions"),
     ("fixed value", {**VALID, "fixed": {"optim.lora_lr": -1.0}}, "fixed: optim.lora_lr cannot be -1.0"),
-    ("fixed path", {**VALID, "fixed": {"optim.lr": 1.0}}, "fixed: optim.lr is no field"),
-    ("fixed seed", {**VALID, "fixed": {"seed": 1}}, "fixed: seed is no hyperparameter"),
+    ("fixed path", {**VALID, "fixed": {"optim.lr": 1.0}}, "fixed: optim.lr is not a field"),
+    ("fixed seed", {**VALID, "fixed": {"seed": 1}}, "fixed: seed is not a hyperparameter"),
     (
         "condition on nothing",
         with_dimension("head.hidden", {"choice": [64], "when": {"head.knd": "mlp"}}),
@@ -407,9 +409,13 @@ MISTAKES: list[tuple[str, object, str]] = [
     (
         "circle",
         with_dimension("head.kind", {"choice": ["linear", "mlp"], "when": {"head.hidden": 64}}),
-        "head.kind has a condition on head.hidden, which in turn depends on head.kind; break the circle",
+        "head.kind has a condition on head.hidden, which itself depends on head.kind; drop one of the two conditions",
     ),
-    ("own circle", with_dimension("head.kind", {"choice": ["mlp"], "when": {"head.kind": "mlp"}}), "break the circle"),
+    (
+        "own circle",
+        with_dimension("head.kind", {"choice": ["mlp"], "when": {"head.kind": "mlp"}}),
+        "which itself depends on",
+    ),
     (
         "conditional rank",
         with_dimension("lora.rank", {"choice": [2], "when": {"lora.targets": "query"}}),
@@ -429,7 +435,7 @@ MISTAKES: list[tuple[str, object, str]] = [
     (
         "no targets",
         {**VALID, "dimensions": {"lora.rank": {"choice": [2]}}},
-        "lora.targets is neither fixed nor searched",
+        "lora.targets is missing, but LoRA needs it",
     ),
 ]
 

@@ -24,7 +24,7 @@ MAX_SHOWN = 100
 
 
 class Frozen(BaseModel):
-    """Base of all configurations: immutable, and a mistyped key is an error."""
+    """Base of all configurations: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -49,7 +49,7 @@ def describe_validation(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             parts.append(f"{field}: no such field")
         elif item["type"] == "missing":
-            # What lacks the field may be a whole file.
+            # Without the value: it may be a whole file.
             parts.append(f"{field}: missing")
         else:
             parts.append(f"{field}: {item['msg']} (got {_shortened(repr(item['input']))})")
@@ -76,14 +76,14 @@ class LoraSpec(Frozen):
     )
     placement: Placed = Field(
         default="tower",
-        description="part of the model that is adapted; with the language model the embedding leaves there, not at the "
-        "tower",
+        description="part of the model that is adapted; with the language model the embedding is its output, not the "
+        "tower's",
     )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732)")
 
     @property
     def alpha(self) -> float:
-        """The `lora_alpha` that PEFT is given."""
+        """The value of PEFT's `lora_alpha`."""
         return self.alpha_ratio * self.rank
 
 
@@ -98,7 +98,7 @@ class OptimSpec(Frozen):
     """AdamW with linear warm-up and cosine decay to zero; one learning rate for LoRA, one for head and logit scale."""
 
     # A head from scratch needs far larger steps than adapters of a pretrained encoder: at 1e-3 the projection alone
-    # looks weak, and LoRA's worth is overstated (docs/log.md).
+    # looks weak, and LoRA's gain is overstated (docs/log.md).
     lora_lr: float = Field(default=2e-3, gt=0)
     head_lr: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -119,7 +119,7 @@ class LossSpec(Frozen):
 
 
 class TrialConfig(Frozen):
-    """One point of a search space: everything that makes this adapter differ from the others of its study."""
+    """One point of a search space: everything in which the trials of a study differ."""
 
     lora: LoraSpec | None = None
     head: HeadSpec = HeadSpec()
@@ -130,14 +130,14 @@ class TrialConfig(Frozen):
 
 
 class EncoderRef(Frozen):
-    """Which pretrained audio encoder, how much of its model runs, and how clips are given to it."""
+    """Which pretrained audio encoder, how much of its model runs, and how clips enter it."""
 
     source: str = Field(description="hub id, Hugging Face folder or faster-whisper folder")
     pad_to_30s: bool = Field(
-        default=False, description="the original fixed 30 s window instead of the clip's own length"
+        default=False, description="use the original fixed 30 s window instead of the clip's own length"
     )
     path: EncoderPath = Field(
-        default="audio_tower", description="the audio tower alone, or on through the language model behind it"
+        default="audio_tower", description="only the audio tower, or also the language model after it"
     )
 
 
@@ -156,7 +156,7 @@ class RunSettings(Frozen):
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     off_path: OffPath = Field(
-        default="refuse", description="a trial with LoRA modules that the embedding does not depend on"
+        default="refuse", description="what to do with a trial if the embedding does not depend on a LoRA module"
     )
 
 
@@ -168,7 +168,7 @@ def read_yaml(path: Path) -> Any:
     """
     documents = read_yaml_documents(path)
     if len(documents) > 1:
-        raise ConfigError(f"{path}: holds {len(documents)} YAML documents; keep one to a file")
+        raise ConfigError(f"{path}: has {len(documents)} YAML documents; keep one per file")
     return documents[0] if documents else None
 
 
@@ -183,11 +183,11 @@ def read_yaml_documents(path: Path) -> list[Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())}); correct it") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader; a key written twice is an error instead of the last one winning in silence."""
+    """The safe loader, but a key written twice is an error; PyYAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

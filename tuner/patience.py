@@ -1,7 +1,7 @@
-"""Patience with disks and buckets that are full or away for a moment, instead of ending a search that took hours.
+"""Patience with disks and buckets that are full or unreachable for a moment.
 
-Someone empties a disk, a file server comes back: most outages are shorter than what a restart costs. What lasts longer
-ends the search with a sentence, and `--resume` goes on from what was written last.
+Someone frees space, or a file server comes back: most outages are shorter than a restart takes. A longer one ends the
+search with one sentence, and `--resume` continues from the last state on disk.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 def patience_seconds() -> float:
-    """How long a disk or bucket that fails is tried again: `$TUNER_STORAGE_PATIENCE`, else two minutes.
+    """How long to retry a failing disk or bucket: `$TUNER_STORAGE_PATIENCE`, else two minutes.
 
     Raises:
-        ConfigError: the variable is no number from 0 to a day.
+        ConfigError: the variable is not a number of seconds from 0 to a day.
     """
     given = os.environ.get(PATIENCE_VARIABLE)
     if not given:
@@ -34,7 +34,7 @@ def patience_seconds() -> float:
         seconds = float(given)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= LONGEST_SECONDS:  # nor is NaN
+    if not 0 <= seconds <= LONGEST_SECONDS:  # true for NaN, too
         raise ConfigError(f"{PATIENCE_VARIABLE}={given}: give a number of seconds from 0 to {LONGEST_SECONDS:.0f}")
     return seconds
 
@@ -44,7 +44,7 @@ class Wait:
     last attempt.
 
     Attributes:
-        paused: whether there was a pause yet.
+        paused: whether there has been a pause.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -53,7 +53,7 @@ class Wait:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since the first attempt."""
         return time.monotonic() - self._started
 
     @property
@@ -69,15 +69,15 @@ class Wait:
 
 
 class Patience:
-    """Repeats what a full or absent disk made fail.
+    """Retries what failed because a disk is full or unreachable.
 
     Attributes:
-        exhausted: the sentence that ended the search, once waiting was in vain. Some callers (Tune's loop) turn every
-            exception into one of their own; this is where the reason is found.
+        exhausted: the sentence that ended the search, after waiting did not help. Some callers (Tune's loop) turn every
+            exception into one of their own, so the reason is kept here.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        """`say` is called when a wait begins and when it was worth it."""
+        """`say` is called when a wait begins and when the storage works again."""
         self.say = say
         self.exhausted: str | None = None
 
@@ -98,7 +98,7 @@ class Patience:
             except troubles as error:
                 wait = wait or Wait(patience_seconds())
                 reason = first_line(error)
-                # After one wait in vain there is no other while the search ends.
+                # After one wait that did not help there is no other while the search ends.
                 if self.exhausted or wait.over:
                     self.exhausted = (
                         f"{path}: the storage has failed for {wait.seconds:.0f} s ({reason}); free space or repair it"

@@ -1,4 +1,4 @@
-"""The one surface of every audio encoder. A torch module: torch-free code imports it for type checking alone.
+"""The one interface of every audio encoder. A torch module: torch-free code imports it only for type checking.
 
 Shapes: B clips, C feature channels, F frames, T tokens of the longest clip, N tokens of all clips, D width.
 """
@@ -36,9 +36,9 @@ class AudioEncoder(nn.Module, ABC):
     """A frozen pretrained encoder, cut where LoRA training needs seams: stem, blocks one by one, finish.
 
     The stem is constant under LoRA, and so is every block below the first adapted one; callers cache those states.
-    `model` is the module of transformers that holds all the weights: an audio tower, or a whole model whose language
-    model runs behind its tower. Adapters are injected there, under names relative to it. Its own parameters need no
-    gradient and its own dropout is zero, so `train()` switches nothing but the dropout of adapters.
+    `model` is the transformers module that holds all the weights: an audio tower, or a whole model whose language
+    model runs after its tower. Adapters are injected there, under names relative to it. Its own parameters need no
+    gradient and its own dropout is zero, so `train()` changes only the dropout of adapters.
     """
 
     spec: EncoderSpec
@@ -51,7 +51,7 @@ class AudioEncoder(nn.Module, ABC):
 
     @property
     def tower_alone(self) -> AudioEncoder:
-        """The encoder that ends at the audio tower and shares its weights: itself where nothing comes behind."""
+        """The encoder that ends at the audio tower and shares its weights; the encoder itself if that is its end."""
         return self
 
     @property
@@ -76,7 +76,7 @@ class AudioEncoder(nn.Module, ABC):
         """States BTD before block 0: convolutions and positions. `frames_B` counts the real frames of each clip."""
 
     def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
-        """The packing of clips of so many tokens each at block `depth`, for `block` and `finish`."""
+        """The packing at block `depth` of clips with these numbers of tokens, for `block` and `finish`."""
         return Packing(lengths, self.dtype, self.device)
 
     def begin(self, features_BCF: Tensor, frames_B: Tensor) -> Hidden:
@@ -85,7 +85,7 @@ class AudioEncoder(nn.Module, ABC):
         return Hidden(packing.join_batch(self.stem(features_BCF, frames_B.to(self.device))), packing, frames_B)
 
     def advance(self, hidden: Hidden, start: int, stop: int) -> Hidden:
-        """From what enters block `start` to what enters block `stop`, or leaves the last one."""
+        """Run blocks `start` to `stop` - 1: from the input of block `start` to the input of block `stop`."""
         for depth in range(start, stop):
             hidden = replace(hidden, states_ND=self.block(depth, hidden.states_ND, hidden.packing))
             stage = self.spec.stage_at(depth + 1)
@@ -94,12 +94,12 @@ class AudioEncoder(nn.Module, ABC):
         return hidden
 
     def enter_stage(self, stage: int, hidden: Hidden) -> Hidden:
-        """What left the stage before, as the first block of `stage` reads it: merged, widened, packed again."""
-        raise NotImplementedError(f"{type(self).__name__} has no way into stage {stage}")
+        """The output of the previous stage as the first block of `stage` reads it: merged, widened, packed again."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement the step into stage {stage}")
 
     @abstractmethod
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
-        """States ND after block `index`, of all clips end to end; each clip attends to its own tokens alone.
+        """States ND after block `index`, of all clips end to end; each clip attends only to its own tokens.
 
         `packing` is that of the block's stage.
 
@@ -115,7 +115,7 @@ class AudioEncoder(nn.Module, ABC):
         """
 
     def forward(self, features_BCF: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Output states BTD of a batch, zero behind each clip, and the mask BT of real tokens to pool over."""
+        """Output states BTD of a batch, zero after each clip, and the mask BT of real tokens to pool over."""
         hidden = self.advance(self.begin(features_BCF, frames_B), 0, self.spec.num_layers)
         output_ND, output_lengths = self.finish(hidden.states_ND, hidden.packing, hidden.frames_B)
         output_BTD = unpack(output_ND, output_lengths)

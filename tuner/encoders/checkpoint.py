@@ -16,7 +16,7 @@ from tuner.plain_json import parse_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What is asked of a hub: nothing that unpickles, and not the fp32 or int8 twins that some repositories also hold.
+# Files to download from a hub: none that unpickle, and not the fp32 or int8 copies that some repositories also hold.
 CONFIG_PATTERNS = ("*.json",)
 HUB_PATTERNS = (*CONFIG_PATTERNS, SINGLE, "model-*.safetensors")
 
@@ -30,11 +30,11 @@ def resolve_folder(source: str, patterns: Sequence[str], revision: str | None = 
     """Local folder of a model: an existing folder as it is, a hub id (`owner/name`) through the hub's cache.
 
     Args:
-        patterns: which files of a hub id to fetch.
+        patterns: which files of a hub id to download.
         revision: commit of a hub id; the newest when absent.
 
     Raises:
-        EncoderError: the folder does not exist, or the hub id cannot be fetched and is not in the cache.
+        EncoderError: the folder does not exist, or the hub id cannot be downloaded and is not in the cache.
     """
     if not source.strip():
         raise EncoderError("an encoder has no name; give a folder with config.json and weights, or a hub id owner/name")
@@ -51,32 +51,32 @@ def resolve_folder(source: str, patterns: Sequence[str], revision: str | None = 
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
-    # The hub client raises errors of its own, of httpx and of the system for one and the same thing: not reachable.
+    # For an unreachable hub its client raises errors of its own, of httpx or of the operating system.
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise EncoderError(
-            f"{source}: not a folder here, and the hub did not deliver it ({type(error).__name__}: {reason}); "
-            "check the name and the network, or give a local folder"
+            f"{source}: is not a local folder, and the download from the hub failed ({type(error).__name__}: "
+            f"{reason}); check the name and the network, or give a local folder"
         ) from None
 
 
 def fetch_weights(source: str, folder: Path, parts: Sequence[Sequence[str]]) -> None:
-    """Complete the folder of a hub id whose configuration is there: of a sharded model only the shards of some parts.
+    """Download the weights of a hub id whose configuration is in `folder`; of a sharded model only the shards needed.
 
-    A local folder is left as it is.
+    A local folder is not changed.
 
     Args:
-        parts: prefixes of each part that is wanted; the first that occurs counts.
+        parts: prefixes of each part that is needed; the first that occurs counts.
 
     Raises:
-        EncoderError: the index is damaged, or the hub does not deliver the weights.
+        EncoderError: the index is damaged, or the download fails.
     """
     if is_folder(expanded(source)):
         return
     files = [SINGLE]
     if (folder / INDEX).is_file():
         files = sorted({shard for prefixes in parts for shard in _shards(folder, prefixes)})
-    # The folder of a snapshot is named by its commit: the weights must not come from a newer one than the index.
+    # The name of a snapshot's folder is its commit: the weights must not come from a newer commit than the index.
     resolve_folder(source, (*CONFIG_PATTERNS, *files), revision=folder.name)
 
 
@@ -92,16 +92,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise EncoderError(f"{path}: cannot be read ({error.strerror}); the folder is not a complete model") from None
     except ValueError as error:
         refuse_pointers([path])
-        raise EncoderError(f"{path}: not valid JSON ({error}); fetch the model again") from None
+        raise EncoderError(f"{path}: is not valid JSON ({error}); download the model again") from None
     if not isinstance(value, dict):
-        raise EncoderError(f"{path}: expected a JSON object; fetch the model again")
+        raise EncoderError(f"{path}: is not a JSON object; download the model again")
     return value
 
 
 def tower_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration of an audio tower from that of the tower alone or of a whole model that nests it.
+    """Configuration of an audio tower, from its own config.json or from that of a whole model, where it is nested.
 
-    The nested one may omit what equals the defaults of transformers: `defaults` gives those that are read here.
+    The nested one may omit fields that equal the defaults of transformers: `defaults` gives the ones used here.
     """
     own = config.get("audio_config", config)
     return dict(defaults) | dict(own or {})
@@ -111,23 +111,23 @@ def weight_files(folder: Path, prefixes: Sequence[str] = ("",)) -> list[Path]:
     """The safetensors files that hold tensors below the first of `prefixes` that occurs, sorted.
 
     Raises:
-        EncoderError: there are no weights, only pickled ones, none of the tower, or a shard of it is missing.
+        EncoderError: there are no weights, only pickled ones, none of the tower, or a shard is missing.
     """
     if (folder / INDEX).is_file():
         names = _shards(folder, prefixes)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise EncoderError(f"{folder}: {INDEX} names {missing[0]}, which is not there; fetch the model again")
+            raise EncoderError(f"{folder}: {INDEX} lists {missing[0]}, which is missing; download the model again")
         return refuse_pointers([folder / name for name in names])
     if (folder / SINGLE).is_file():
         return refuse_pointers([folder / SINGLE])
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise EncoderError(
-            f"{folder}: {pickled[0]} may run code when loaded and is not read; convert it to {SINGLE} "
+            f"{folder}: {pickled[0]} may run code when loaded, so it is not read; convert it to {SINGLE} "
             "(save_pretrained of a current transformers does)"
         )
-    raise EncoderError(f"{folder}: no weights in folder; expected {SINGLE}, {INDEX} or a faster-whisper model.bin")
+    raise EncoderError(f"{folder}: has no weights; expected {SINGLE}, {INDEX} or a faster-whisper model.bin")
 
 
 def refuse_pointers(files: list[Path]) -> list[Path]:
@@ -143,14 +143,14 @@ def refuse_pointers(files: list[Path]) -> list[Path]:
 
 
 def names_below(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:
-    """Those of the names of tensors that lie below the first of `prefixes` that occurs."""
+    """The tensor names that begin with the first of `prefixes` that occurs."""
     known = list(names)
     prefix = first_prefix(known, prefixes)
     return [name for name in known if name.startswith(prefix)]
 
 
 def first_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
-    """The first of `prefixes` that occurs, the last one if none does."""
+    """The first of `prefixes` that begins any name; the last one if none does."""
     known = list(names)
     return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in known)), prefixes[-1])
 
@@ -158,9 +158,9 @@ def first_prefix(names: Iterable[str], prefixes: Sequence[str]) -> str:
 def fingerprint(configs: Iterable[Path], weights: Iterable[Path], *settings: object) -> str:
     """SHA-256 (hex) over settings, configuration files and a sample of each weight file.
 
-    Of a weight file the size, the first and last MiB and 64 evenly spaced pieces of 64 KiB are read: some milliseconds
-    for any size, and a fine-tuned twin of the same shape differs nearly everywhere. A change of a few
-    bytes between the samples is not seen. Location and file times do not count, so a moved folder keeps its caches.
+    The sample of a weight file is its size, its first and last MiB and 64 evenly spaced pieces of 64 KiB. That takes
+    some milliseconds for any size, and a fine-tuned copy of the same shape differs nearly everywhere. A change of a few
+    bytes between the samples is not noticed. Location and file times do not count, so a moved folder keeps its caches.
     """
     digest = hashlib.sha256(repr(settings).encode())
     for path in configs:
@@ -184,12 +184,12 @@ def positive(config: Mapping[str, Any], field: str, folder: Path) -> int:
     """A field of config.json that must be a positive whole number.
 
     Raises:
-        EncoderError: it is missing or something else.
+        EncoderError: it is missing or not a positive whole number.
     """
     value = config.get(field)
     if not isinstance(value, int) or value < 1:
         raise EncoderError(
-            f"{folder}: {field} in config.json is {value!r}, expected a positive number; fetch the model again"
+            f"{folder}: {field} in config.json is {value!r}, expected a positive number; download the model again"
         )
     return value
 
@@ -197,16 +197,19 @@ def positive(config: Mapping[str, Any], field: str, folder: Path) -> int:
 def _shards(folder: Path, prefixes: Sequence[str]) -> list[str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise EncoderError(f"{folder / INDEX}: has no weight_map; fetch the model again")
+        raise EncoderError(f"{folder / INDEX}: has no weight_map; download the model again")
     prefix = first_prefix(weight_map, prefixes)
     shards = sorted({str(file) for name, file in weight_map.items() if name.startswith(prefix)})
     if not shards:
-        raise EncoderError(f"{folder / INDEX}: names no tensor below {' or '.join(prefixes)}; this is another model")
-    # The names come from a file that was downloaded, and would be joined to the folder.
+        raise EncoderError(
+            f"{folder / INDEX}: lists no tensor below {' or '.join(prefixes)}; "
+            "the weights are not of the model in config.json, so download the model again"
+        )
+    # The names come from a downloaded file, and are joined to the folder: they must not lead out of it.
     stray = next((shard for shard in shards if Path(shard).name != shard), None)
     if stray is not None:
-        raise EncoderError(f"{folder / INDEX}: names the weight file {stray!r} outside its folder; fetch it again")
+        raise EncoderError(f"{folder / INDEX}: lists the weight file {stray!r} outside its folder; download it again")
     pickled = next((shard for shard in shards if not shard.endswith(".safetensors")), None)
     if pickled is not None:
-        raise EncoderError(f"{folder / INDEX}: names the weight file {pickled!r}, not safetensors; fetch it again")
+        raise EncoderError(f"{folder / INDEX}: lists the weight file {pickled!r}, not safetensors; download it again")
     return shards

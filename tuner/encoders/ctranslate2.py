@@ -23,7 +23,7 @@ from tuner.errors import EncoderError
 
 FILE_NAME = "model.bin"
 FORMAT_VERSION = 6
-# Type codes of the format; bfloat16 (5) has no numpy type and is not what faster-whisper folders hold.
+# Type codes of the format; bfloat16 (5) has no numpy type, and faster-whisper folders do not use it.
 DTYPES: Mapping[int, np.dtype[Any]] = {
     0: np.dtype("<f4"),
     1: np.dtype("i1"),
@@ -32,7 +32,7 @@ DTYPES: Mapping[int, np.dtype[Any]] = {
     4: np.dtype("<f2"),
 }
 _LAYER = re.compile(r"encoder/layer_\d+/")
-HEAD_SIZE = 64  # of every Whisper; only used where a file does not say its number of heads
+HEAD_SIZE = 64  # of every Whisper; only used if a file does not give its number of heads
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Cursor:
         self.offset += size
         count = int(np.prod(shape, dtype=np.int64))
         if self.offset > len(self.buffer) or (code in DTYPES and size != count * variable.dtype.itemsize):
-            raise ValueError(f"variable {name} does not fit")
+            raise ValueError(f"the size of variable {name} is wrong")
         return name, variable
 
 
@@ -96,7 +96,7 @@ def read_header(path: Path) -> Header:
     """Table of contents of a model.bin; tensors stay on disk.
 
     Raises:
-        EncoderError: not this format, another version of it, or the file ends early.
+        EncoderError: it is not this format, another version of it, or incomplete.
     """
     refuse_pointers([path])
     try:
@@ -105,14 +105,14 @@ def read_header(path: Path) -> Header:
             version = cursor.number("I")
             if version != FORMAT_VERSION:
                 raise EncoderError(
-                    f"{path}: not a CTranslate2 model of format {FORMAT_VERSION} (found {version}); "
+                    f"{path}: is not a CTranslate2 model of format {FORMAT_VERSION} (found {version}); "
                     "convert the original model with a current ct2-transformers-converter"
                 )
             name = cursor.string()
             cursor.number("I")
             return Header(path, name, dict(cursor.variable() for _ in range(cursor.number("I"))))
     except (struct.error, ValueError) as error:
-        raise EncoderError(f"{path}: damaged or cut off ({error}); fetch the model again") from None
+        raise EncoderError(f"{path}: is damaged or incomplete ({error}); download the model again") from None
     except OSError as error:
         raise EncoderError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -121,7 +121,7 @@ def whisper_config(header: Header) -> dict[str, Any]:
     """Configuration of the encoder, in the names of transformers' WhisperConfig, from the shapes in the file.
 
     Raises:
-        EncoderError: quantised weights (int8, int16), or the shapes are not those of a Whisper encoder.
+        EncoderError: the weights are quantised (int8, int16), or their shapes are not those of a Whisper encoder.
     """
     weights = {name: v for name, v in header.variables.items() if name.startswith("encoder/") and v.shape}
     quantised = sorted(name for name, v in weights.items() if v.dtype.kind != "f")
@@ -129,13 +129,13 @@ def whisper_config(header: Header) -> dict[str, Any]:
         kind = weights[quantised[0]].dtype
         raise EncoderError(
             f"{header.path}: {quantised[0]} is stored as {'bfloat16' if kind.kind == 'V' else kind.name}; "
-            "LoRA needs unquantised weights, convert the model with --quantization float16 or float32"
+            "LoRA needs unquantised weights: convert the model with --quantization float16 or float32"
         )
     convolution = header.shape("encoder/conv1/weight")
     fc1 = header.shape("encoder/layer_0/ffn/linear_0/weight")
     positions = header.shape("encoder/position_encodings/encodings")
     if (len(convolution), len(fc1), len(positions)) != (3, 2, 2):
-        raise EncoderError(f"{header.path}: not the shapes of a Whisper encoder; convert the model again")
+        raise EncoderError(f"{header.path}: its shapes are not those of a Whisper encoder; convert the model again")
     return {
         "model_type": "whisper",
         "d_model": convolution[0],
@@ -151,7 +151,7 @@ def read_whisper_encoder(path: Path) -> dict[str, NDArray[np.floating[Any]]]:
     """Tensors of the encoder under transformers' names, in the stored precision (fp16 or fp32).
 
     Raises:
-        EncoderError: as `read_header` and `whisper_config`; or a layer misses a tensor.
+        EncoderError: as `read_header` and `whisper_config`, or a layer lacks a tensor.
     """
     header = read_header(path)
     layers = whisper_config(header)["encoder_layers"]
@@ -161,7 +161,7 @@ def read_whisper_encoder(path: Path) -> dict[str, NDArray[np.floating[Any]]]:
         shape = header.shape(name)
         variable = header.variables[name]
         flat: NDArray[Any] = np.frombuffer(buffer, variable.dtype, int(np.prod(shape, dtype=np.int64)), variable.offset)
-        # Variables follow names of any length, so they lie unaligned; torch wants them aligned and writable.
+        # Variables come after names of any length, so they are not aligned; torch needs them aligned and writable.
         return flat.reshape(shape).copy()
 
     tensors = {ours: read(theirs) for ours, theirs in _names(layers).items()}
@@ -170,16 +170,18 @@ def read_whisper_encoder(path: Path) -> dict[str, NDArray[np.floating[Any]]]:
         weights, biases = np.split(read(f"{attention}/weight"), 3), np.split(read(f"{attention}/bias"), 3)
         for part, weight, bias in zip("qkv", weights, biases, strict=True):
             tensors[f"layers.{index}.self_attn.{part}_proj.weight"] = weight
-            # Whisper's key projection has no bias; the converter fills zeros to stack the three.
+            # Whisper's key projection has no bias; the converter fills in zeros to stack the three.
             if part != "k":
                 tensors[f"layers.{index}.self_attn.{part}_proj.bias"] = bias
             elif bias.any():
-                raise EncoderError(f"{path}: {attention} has a key bias, which no Whisper has; convert the model again")
+                raise EncoderError(
+                    f"{path}: {attention} has a key bias, but no Whisper model does; convert the model again"
+                )
     return tensors
 
 
 def _names(layers: int) -> dict[str, str]:
-    """Names of the tensors that carry over as they are: ours -> theirs."""
+    """Names of the tensors that are taken over unchanged: ours -> theirs."""
     linears = {"conv1": "conv1", "conv2": "conv2"}
     norms = {"layer_norm": "layer_norm"}
     for index in range(layers):

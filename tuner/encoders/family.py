@@ -1,4 +1,4 @@
-"""The record that makes a family of encoders known to the registry. No torch here."""
+"""The record that adds a family of encoders to the registry. No torch here."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class FeatureExtractor(Protocol):
 
         Returns:
             Features [C, F] and the number of real frames L. F may be larger than L by the few frames of silence that
-            the encoder looks at behind the clip. Of an encoder that reads the waveform, C is 1 and frames are samples.
+            the encoder reads after the clip. For an encoder that reads the waveform, C is 1 and frames are samples.
 
         Raises:
-            DataError: the clip is empty, or longer than the encoder's longest.
+            DataError: the clip is empty, or longer than the encoder allows.
         """
         ...
 
@@ -51,15 +51,15 @@ class EncoderSource:
 
     @property
     def model_type(self) -> str:
-        """Name of the family that `config.json` gives."""
+        """Name of the family, as `config.json` gives it."""
         return str(self.config.get("model_type"))
 
     def facts(self, weights: Iterable[Path], *settings: object) -> dict[str, Any]:
-        """The fields of `EncoderSpec` that all families fill in one way.
+        """The fields of `EncoderSpec` that are the same for all families.
 
         Args:
             weights: files that hold the encoder.
-            settings: what its output depends on besides its files.
+            settings: what else its output depends on.
         """
         configs = [self.folder / "config.json", preprocessor_file(self.folder)]
         return {
@@ -72,14 +72,14 @@ class EncoderSource:
         }
 
 
-# Which tower and which front end a family has, by the names under which the registry loads them.
+# The tower and the front end of a family, by the names under which the registry loads them.
 Tower = Literal["clap", "glmasr", "qwen2_5_omni", "qwen2_audio", "voxtral", "wav2vec2", "wavlm", "whisper"]
 Features = Literal["clap", "log_mel", "waveform"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to read one family of encoders. No torch here: the registry alone loads towers and front ends."""
+    """How to read one family of encoders. No torch here: only the registry loads towers and front ends."""
 
     model_type: str  # `model_type` of config.json
     prefixes: tuple[str, ...]  # where the tower's tensors are in a checkpoint; the first that occurs counts
@@ -87,6 +87,6 @@ class Family:
     tower: Tower
     features: Features
     ctranslate2_name: str | None = None  # specification name inside a CTranslate2 model.bin
-    # The paths that `inspect` knows; where there is one alone, an encoder without a tower of its own takes it unasked.
+    # The paths that `inspect` knows. If there is only one, an encoder without a tower of its own uses it by default.
     paths: tuple[EncoderPath, ...] = ("audio_tower",)
     behind_tower: tuple[tuple[str, ...], ...] = ()  # like `prefixes`, of each further part that `full_forward` reads

@@ -1,9 +1,9 @@
 """Clips of different lengths as one row of tokens, without padding. A torch module.
 
-Everything in a transformer block but attention works on single tokens, so the blocks run on the tokens of all clips
-laid end to end, [N, D]. Only attention looks at clips: it takes neighbouring clips of similar length together, pads
-those to the longest of the group, and drops the padding again. On a CPU the demo's batches of 128 clips would
-otherwise be one third padding.
+In a transformer block everything except attention works on single tokens, so the blocks run on the tokens of all
+clips laid end to end, [N, D]. Only attention works by clip: it groups neighbouring clips of similar length, pads each
+clip to the longest of its group, and drops the padding again. On a CPU the demo's batches of 128 clips would otherwise
+be one third padding.
 
 Shapes: B clips, N rows (tokens of all clips), G clips of a group, T tokens of the longest of a group, H heads, d head
 width.
@@ -30,7 +30,7 @@ PLAIN_WIDTH = 512
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring clips that attend in one call; the tensors are None where all have the same length."""
+    """Neighbouring clips that attend in one call; the tensors are None if all clips have the same length."""
 
     start: int  # first token in the pack
     stop: int
@@ -38,7 +38,7 @@ class Group:
     width: int
     padded_GT: Tensor | None  # for each place of the padded group, flat, its token counted from `start`
     real_N: Tensor | None  # for each token of the group, its place in the padded group
-    bias_G1T: Tensor | None  # 0 on real tokens, the lowest number on padding; None where no real token sees padding
+    bias_G1T: Tensor | None  # 0 on real tokens, the lowest number on padding; None if no real token attends to padding
     causal: bool = False
 
 
@@ -51,8 +51,8 @@ class Packing:
     Args:
         lengths: tokens of each clip, in the order of the pack; falling lengths give the fewest groups.
         dtype, device: of the hidden states.
-        window: where it is given, a clip attends in separate windows of so many tokens, the last one shorter.
-        causal: whether a token attends to itself and those of its clip before it alone.
+        window: if given, a clip attends in separate windows of this many tokens, the last one shorter.
+        causal: whether a token attends only to itself and the tokens of its clip before it.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Packing:
         self.device = device
         spans = self.lengths if window is None else tuple(_windows(self.lengths, window))
         groups = _groups(spans, dtype, device)
-        # Padding comes behind a clip, so there is nothing to hide from its tokens.
+        # Padding comes after a clip, so causal attention never reaches it.
         self.groups = tuple(replace(group, bias_G1T=None, causal=True) for group in groups) if causal else groups
 
     @property
@@ -88,7 +88,7 @@ class Packing:
         return self.join([hidden_TD[:length] for hidden_TD, length in zip(hidden_BTD, self.lengths, strict=True)])
 
     def share(self, states_HNd: Tensor) -> list[Tensor]:
-        """Rows of each group. One split: the gradient of a slice for each group would be a whole pack of zeros each."""
+        """Rows of each group. One split, because the gradient of each slice would be a whole pack of zeros."""
         sizes = [group.stop - group.start for group in self.groups]
         return list(torch.split(states_HNd, sizes, dim=1))
 
@@ -101,7 +101,7 @@ class Rotation:
     """Rotary positions (RoFormer, arXiv:2104.09864) that start again with every clip of a packing.
 
     Args:
-        model: whose `rotary_emb` gives cosines and sines for places.
+        model: its `rotary_emb` gives cosines and sines for places.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,7 +116,7 @@ class Rotation:
 
 
 def unpack(packed_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A padded batch BTD, zero behind each clip, from tokens end to end."""
+    """A padded batch BTD, zero after each clip, from tokens end to end."""
     return torch.nn.utils.rnn.pad_sequence(list(torch.split(packed_ND, list(lengths))), batch_first=True)
 
 
@@ -143,7 +143,7 @@ def _group(lengths: tuple[int, ...], start: int, dtype: torch.dtype, device: tor
     length_G = torch.tensor(lengths)
     real_GT = torch.arange(width) < length_G[:, None]
     offset_G = length_G.cumsum(0) - length_G
-    # Padding repeats a clip's last token; its scores are pushed to zero weight, and its output is dropped.
+    # Padding repeats a clip's last token; the bias gives it zero weight, and its output is dropped.
     padded_GT = offset_G[:, None] + torch.minimum(torch.arange(width), length_G[:, None] - 1)
     bias_GT = torch.zeros(clips, width, dtype=dtype).masked_fill_(~real_GT, torch.finfo(dtype).min)
     return Group(
@@ -169,14 +169,14 @@ def packed_attention(
     score_bias: ScoreBias | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function for transformers: each clip of the packing attends to itself alone.
+    """An attention function for transformers: each clip of the packing attends only to itself.
 
-    Without a packing (somebody calls the model itself) it is transformers' own. It comes as the attention mask, or by
-    its name through layers that take no mask. `score_bias` gives what a family adds to the scores HGTT of a group.
-    Keys and values may have fewer heads than queries, each then shared by neighbouring ones.
+    Without a packing (someone calls the model directly) it is transformers' own. The packing comes as the attention
+    mask, or as `packing` through layers that take no mask. `score_bias` gives what a family adds to the scores HGTT of
+    a group. Keys and values may have fewer heads than queries: neighbouring queries then share one.
 
     Returns:
-        Output [1, N, H, d], as transformers wants it, and no weights.
+        Output [1, N, H, d], as transformers expects it, and no weights.
     """
     packing = packing or attention_mask
     if packing is None:

@@ -1,7 +1,7 @@
-"""Which encoder is in a folder or behind a hub id, and how to load it. No torch at import.
+"""Which encoder a folder or hub id holds, and how to load it. No torch at import.
 
-A family is one `Family` record in `_FAMILIES`; nothing else knows the families by name. Facts are imported at once;
-towers and front ends, which need torch and transformers, here alone and when they are asked for.
+A family is one `Family` record in `_FAMILIES`; no other module knows the families by name. Facts are imported at once.
+Towers and front ends need torch and transformers, so they are imported only here, and only when they are needed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def families() -> tuple[str, ...]:
 def inspect_encoder(ref: EncoderRef) -> EncoderSpec:
     """Facts of an encoder from its configuration file; no weight is loaded.
 
-    Of a hub id the configuration is fetched into the hub's cache, then the weight files that hold the encoder.
+    For a hub id it downloads the configuration into the hub's cache, then the weight files that hold the encoder.
 
     Raises:
         EncoderError: no such folder or hub id, no weights, an unknown family, quantised or pickled weights, or a path
@@ -83,7 +83,7 @@ def inspect_encoder(ref: EncoderRef) -> EncoderSpec:
 
 
 def tensor_prefixes(spec: EncoderSpec) -> tuple[tuple[str, ...], ...]:
-    """Where the tensors are in the checkpoint that `load_encoder` reads: of each part, the first prefix that occurs."""
+    """Prefixes of the tensors that `load_encoder` reads, by part; the first that occurs in the checkpoint counts."""
     family = _FAMILIES[spec.family]
     return (family.prefixes, *(family.behind_tower if spec.tower_alone else ()))
 
@@ -92,7 +92,7 @@ def load_encoder(spec: EncoderSpec, dtype: torch.dtype, device: str = "cpu") -> 
     """The frozen encoder in `eval` mode, its weights as `dtype` on `device`; only the encoder's tensors are read.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     return _tower_loader(_FAMILIES[spec.family].tower, spec.tower_alone is not None)(spec, dtype, device)
 
@@ -101,36 +101,36 @@ def load_feature_extractor(spec: EncoderSpec) -> FeatureExtractor:
     """The front end of an encoder. Imports transformers.
 
     Raises:
-        EncoderError: the folder's preprocessor configuration contradicts the encoder.
+        EncoderError: the folder's preprocessor configuration does not match the encoder.
     """
     return _front_end(_FAMILIES[spec.family].features)(spec)
 
 
 def _ctranslate2_source(ref: EncoderRef, folder: Path) -> EncoderSource | None:
     path = folder / ctranslate2.FILE_NAME
-    # A folder may hold both formats; the unconverted weights are the original ones.
+    # A folder may hold both formats; then the unconverted weights are used.
     if not path.is_file() or (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         return None
     name = ctranslate2.read_header(path).name
     for family in _FAMILIES.values():
         if family.ctranslate2_name == name:
             return EncoderSource(ref, folder, "ctranslate2", {"model_type": family.model_type})
-    raise EncoderError(f"{path}: holds a {name!r}, not an encoder of a known family ({', '.join(families())})")
+    raise EncoderError(f"{path}: holds a {name!r}; give an encoder of a known family ({', '.join(families())})")
 
 
 def _transformers_source(ref: EncoderRef, folder: Path) -> EncoderSource:
     if not (folder / "config.json").is_file():
-        # Where both are missing, the error is about the weights: they are the larger thing to fetch.
+        # If both are missing, report the weights first: they are the larger download.
         weight_files(folder)
     return EncoderSource(ref, folder, "transformers", read_json(folder / "config.json"))
 
 
 def _goes_beyond_tower(ref: EncoderRef, family: Family) -> bool:
-    """Whether the path asked for leads through what is behind the family's tower."""
+    """Whether the requested path goes on after the family's tower."""
     if ref.path == "full_forward" and ref.path not in family.paths:
         able = sorted(name for name, other in _FAMILIES.items() if other.behind_tower)
         raise EncoderError(
-            f"{ref.source}: of {family.model_type} the audio encoder alone is run, so it has no path full_forward; "
+            f"{ref.source}: {family.model_type} has no path full_forward, because only its audio encoder is run; "
             f"use path audio_tower ({', '.join(able)} has both)"
         )
     return ref.path == "full_forward"
@@ -140,14 +140,14 @@ def _family_of(source: EncoderSource) -> Family:
     model_type = source.config.get("model_type")
     if model_type not in _FAMILIES:
         raise EncoderError(
-            f"{source.ref.source}: config.json says model_type {model_type!r}; "
-            f"known families are {', '.join(families())}"
+            f"{source.ref.source}: config.json has the unknown model_type {model_type!r}; "
+            f"give an encoder of a known family ({', '.join(families())})"
         )
     return _FAMILIES[model_type]
 
 
 def _tower_loader(tower: Tower, beyond: bool) -> Loader:
-    """What loads a tower or, `beyond` it, the language model too. Each import costs seconds and memory."""
+    """The loader of a tower or, `beyond` it, of the language model too. Each import costs seconds and memory."""
     match tower:
         case "clap":
             from tuner.encoders.clap.tower import load_clap

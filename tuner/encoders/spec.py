@@ -1,4 +1,4 @@
-"""What is known of an encoder before any weight is loaded: shapes, module names, token arithmetic. No torch here."""
+"""Facts of an encoder before any weight is loaded: shapes, module names, token arithmetic. No torch here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from tuner.config import EncoderPath
 
 CheckpointKind = Literal["transformers", "ctranslate2"]
-Part = Literal["tower", "language_model"]  # of a model that hears: its audio tower, and what reads behind it
+Part = Literal["tower", "language_model"]  # of an audio language model
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class LinearTarget:
     suffix: str  # path below the block, e.g. "self_attn.out_proj"
     in_features: int
     out_features: int
-    # Whether it reads the block's input (behind the norm), as queries, keys and values do. Each family states it: cost
-    # estimates follow how far a gradient flows back.
+    # Whether it reads the block's input (after the norm), as queries, keys and values do. Each family states it,
+    # because cost estimates depend on how far a gradient flows back.
     reads_block_input: bool
 
 
@@ -38,19 +38,19 @@ class Window(NamedTuple):
         return max(0, (length + 2 * self.padding - self.kernel) // self.stride + 1)
 
     def inputs(self, outputs: int) -> int:
-        """How many of the first inputs the first `outputs` outputs (one at least) depend on."""
+        """How many of the first inputs the first `outputs` outputs (at least one) depend on."""
         return (outputs - 1) * self.stride + self.kernel - self.padding
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Neighbouring blocks of one width on sequences of one length; an encoder is one stage or several in a row.
+    """Consecutive blocks with the same width and sequence length; an encoder has one or more stages.
 
     `targets` maps the family's own short names (`q_proj`, `out_proj`, `fc1`, ...) to linear layers of a block, queries
-    first, then in the order in which a token meets them. `aliases` maps other families' names (`o_proj`) to one or
-    several of those. Block i of the stage is at `block_path.format(i)` below the root of the adapters. `windows`
-    shorten the sequence on the way into the first block of the stage; what shortens frames to the tokens of the first
-    stage are the `stem_windows` of the encoder.
+    first, then in the order in which a token passes them. `aliases` maps other families' names (`o_proj`) to one or
+    more of those. Block i of the stage is at `block_path.format(i)` below the root of the adapters. `windows` shorten
+    the sequence before the first block of the stage; the encoder's `stem_windows` shorten frames to the tokens of the
+    first stage.
     """
 
     block_path: str
@@ -60,7 +60,7 @@ class Stage:
     aliases: Mapping[str, tuple[str, ...]]
     windows: tuple[Window, ...] = ()
     part: Part = "tower"
-    attention_window: int | None = None  # tokens that attend to one another, where a clip attends in windows
+    attention_window: int | None = None  # tokens of a window, if a clip attends in windows
 
     def block_names(self) -> tuple[str, ...]:
         """Names of the blocks of this stage below the root of the adapters."""
@@ -71,9 +71,9 @@ class Stage:
 class EncoderSpec:
     """Facts of one audio encoder, read from its configuration file.
 
-    Blocks are counted through all stages: depth 0 is what enters the first block, depth `num_layers` what leaves the
-    last. `stem_windows` shorten frames to the tokens of the first block, `pooling_windows` those of the last to the
-    tokens of the output.
+    Blocks are counted through all stages: depth 0 is the input of the first block, depth `num_layers` the output of the
+    last. `stem_windows` shorten frames to the tokens of the first block, `pooling_windows` shorten the tokens of the
+    last block to the tokens of the output.
     """
 
     family: str
@@ -83,24 +83,24 @@ class EncoderSpec:
     pad_to_30s: bool
     fingerprint: str  # of configuration, weights and pad_to_30s: the key of every cache below the encoder
     sampling_rate: int  # Hz
-    feature_channels: int  # mel bins; 1 where the encoder reads the waveform
+    feature_channels: int  # mel bins; 1 if the encoder reads the waveform
     max_frames: int
     max_seconds: float
     stages: tuple[Stage, ...]
     stem_windows: tuple[Window, ...]
     pooling_windows: tuple[Window, ...] = ()
-    # Tokens of the first block where every clip fills the whole window, however short it is; no stem windows then.
+    # Tokens of the first block if every clip fills the whole window, however short it is; no stem windows then.
     fixed_tokens: int | None = None
     path: EncoderPath = "audio_tower"
-    # Where transformers has the tower in its whole model: "" where the folder holds a tower alone, None where the
-    # whole model is the encoder, so that there is no shorter path than `full_forward`.
+    # Where transformers has the tower in its whole model: "" if the folder holds only a tower, None if the whole model
+    # is the encoder, so that `full_forward` is the only path.
     tower_path: str | None = None
-    language_model_path: str | None = None  # likewise; None where no language model can be run behind the tower
-    tower_alone: EncoderSpec | None = None  # of `full_forward` through a language model: the same tower by itself
+    language_model_path: str | None = None  # the same of its language model; None if there is none to run
+    tower_alone: EncoderSpec | None = None  # only of `full_forward` through a language model: its tower by itself
 
     @property
     def features_fingerprint(self) -> str:
-        """What prepared features belong to: the same whether a language model runs behind the tower or not."""
+        """The key of prepared features: the same with and without a language model after the tower."""
         return self.tower_alone.fingerprint if self.tower_alone else self.fingerprint
 
     @property
@@ -128,7 +128,7 @@ class EncoderSpec:
         return sum(before.layers for before in self.stages[:stage])
 
     def stage_at(self, depth: int) -> int:
-        """Which stage block `depth` belongs to; the last one for the depth behind the last block."""
+        """Which stage block `depth` belongs to; the last one for the depth after the last block."""
         ends = itertools.accumulate(stage.layers for stage in self.stages)
         return next((index for index, end in enumerate(ends) if depth < end), len(self.stages) - 1)
 
@@ -142,15 +142,15 @@ class EncoderSpec:
         return (*self.stem_windows, *(window for stage in entered for window in stage.windows))
 
     def token_length(self, frames: int) -> int:
-        """Output tokens that describe a clip of `frames` real frames: what is pooled, without padding."""
+        """Output tokens of a clip of `frames` real frames, without padding: the tokens that are pooled."""
         return _through(self.pooling_windows, self.real_length(frames, self.num_layers))
 
     def real_length(self, frames: int, depth: int = 0) -> int:
-        """Tokens at block `depth` that describe a clip of `frames` real frames, without padding."""
+        """Tokens at block `depth` of a clip of `frames` real frames, without padding."""
         return _through(self.windows(depth), self.fixed_tokens or frames)
 
     def sequence_length(self, frames: int, depth: int = 0) -> int:
-        """Tokens that enter block `depth` for a clip of `frames` real frames, with padding: what it costs."""
+        """Tokens at block `depth` of a clip of `frames` real frames, with padding: the tokens that are computed."""
         return self.real_length(self._computed(frames), depth)
 
     def stem_lengths(self, frames: int) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ class TextEncoder:
         self.max_tokens = token_limit(spec.folder, self.tokenizer.model_max_length, model)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> NDArray[np.float32]:
-        """Unit-length embeddings [N, D] of texts, in their order; longer texts are cut at the encoder's longest.
+        """Unit-length embeddings [N, D] of texts, in their order; too long texts are cut to the encoder's limit.
 
         Texts of like length share a batch, so that little padding is computed; an embedding does not depend on its
         neighbours beyond rounding.
@@ -111,14 +111,14 @@ def _load(spec: TextSpec) -> tuple[Any, nn.Module]:
         # transformers would draw them at random, and the embeddings would mean nothing.
         raise EncoderError(
             f"{spec.folder}: its weights lack {len(missing)} tensors of the model (for example {missing[0]}); "
-            "fetch the model again"
+            "download the model again"
         )
     return tokenizer, model.get_encoder() if two_parts else model
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """A bar for a second's loading would run across the caller's own output."""
+    """Hide transformers' progress bar, which would disturb the caller's own output."""
     import transformers
 
     logging: Any = transformers.utils.logging

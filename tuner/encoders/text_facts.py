@@ -117,7 +117,7 @@ def _refuse_further_modules(folder: Path) -> None:
     try:
         kinds = [str(module["type"]).rpartition(".")[2] for module in parse_json(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError):
-        raise EncoderError(f"{path}: not a list of sentence-transformers modules; fetch the model again") from None
+        raise EncoderError(f"{path}: not a list of sentence-transformers modules; download the model again") from None
     further = [kind for kind in kinds if kind not in _KNOWN_MODULES]
     if further:
         raise EncoderError(f"{path}: has a {further[0][:60]} module; only {', '.join(_KNOWN_MODULES)} are supported")

@@ -16,10 +16,10 @@ from tuner.errors import EncoderError
 def read_tensors(folder: Path, prefixes: Sequence[str], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
     """Tensors below the first of `prefixes` that occurs, named without it, floating ones as `dtype`.
 
-    Only these tensors are read from disk, so the tower of a large model costs its own size alone.
+    Only these tensors are read from disk, so the tower of a large model takes only its own size.
 
     Raises:
-        EncoderError: a file is damaged, or no weights are there.
+        EncoderError: a file is damaged, or there are no weights.
     """
     files = weight_files(folder, prefixes)
     tensors: dict[str, torch.Tensor] = {}
@@ -33,12 +33,12 @@ def read_tensors(folder: Path, prefixes: Sequence[str], dtype: torch.dtype, devi
                         tensor = reader.get_tensor(name)
                         tensors[name.removeprefix(prefix)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         except SafetensorError as error:
-            raise EncoderError(f"{file}: damaged safetensors file ({error}); fetch the model again") from None
+            raise EncoderError(f"{file}: is a damaged safetensors file ({error}); download the model again") from None
     return tensors
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], origin: Path) -> None:
-    """Give the tensors to a model built on the meta device, frozen; names and shapes must match exactly.
+    """Assign the tensors to a model on the meta device and freeze it; names and shapes must match exactly.
 
     Raises:
         EncoderError: names the first missing, unexpected or misshaped tensors.
@@ -57,6 +57,6 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], origin:
         if names
     ]
     if faults:
-        raise EncoderError(f"{origin}: weights do not fit config.json: {'; '.join(faults)}; fetch the model again")
+        raise EncoderError(f"{origin}: weights do not match config.json: {'; '.join(faults)}; download the model again")
     model.load_state_dict(dict(tensors), strict=True, assign=True)
     model.requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Search spaces: YAML files that become define-by-run functions over `TrialConfig`, checked in full when they load."""
+"""Search spaces: YAML files that become define-by-run functions over `TrialConfig`, fully checked when they load."""
 
 from tuner.space.dimension import Choice, FloatRange, IntRange, SuggestProtocol
 from tuner.space.folders import list_spaces, load_space, space_folders

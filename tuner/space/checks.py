@@ -1,4 +1,4 @@
-"""What must hold in a search space beyond the shape of its file; each failure is one sentence naming the field."""
+"""Checks of a search space beyond the schema of its file; each error is one sentence that names the field."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def check_space(target_sets: TargetSets, fixed: Mapping[str, Any], dimensions: D
     """Check names, values, ranges and conditions of a space against each other and against `TrialConfig`.
 
     Raises:
-        SpaceError: one sentence with the first field that is wrong.
+        SpaceError: one sentence about the first wrong field.
     """
     for name, modules in target_sets.items():
         if not modules or len(set(modules)) < len(modules):
-            raise SpaceError(f"target_sets: {name} lists no module, or one twice; list each module once")
+            raise SpaceError(f"target_sets: {name} is empty or lists a module twice; list each module once")
     for where, paths in (("fixed", fixed), ("dimensions", dimensions)):
         for path in paths:
             _check_path(where, path)
@@ -45,32 +45,32 @@ def check_space(target_sets: TargetSets, fixed: Mapping[str, Any], dimensions: D
 
 
 def resolve_modules(targets: object, target_sets: TargetSets) -> tuple[str, ...]:
-    """The modules that a target set, a single module or an explicit list stands for."""
+    """The modules of a target set, a single module or an explicit list."""
     if isinstance(targets, str):
         return target_sets.get(targets, (targets,))
     return tuple(targets) if isinstance(targets, list | tuple) else ()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for error messages, empty when nothing known is like `word`."""
+    """A hint for error messages, empty if no known word is similar to `word`."""
     match = near.nearest(word, known)
     return f" (did you mean {match}?)" if match else ""
 
 
 def describe(error: ValidationError, top_level: list[str]) -> str:
-    """The first thing that pydantic reports, as one sentence in the words of the file."""
+    """The first error that pydantic reports, as one sentence in the words of the file."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     if not location:
-        return f"is not a space; write the keys {', '.join(top_level)}"
-    # A dimension is a tagged union: the tag after its path is no key that the user wrote.
+        return f"is not a search space; write the keys {', '.join(top_level)}"
+    # A dimension is a tagged union: the tag after its path is not a key that the user wrote.
     tag = location.pop(2) if location[0] == "dimensions" and len(location) > 2 else None
     where, key = ": ".join(location[:2]), location[-1]
     if first["type"] == "extra_forbidden":
         known = DIMENSION_KEYS[tag] if tag else top_level
         holder = ": ".join(location[:-1])
         unknown = f"{holder} has the unknown key {near.shown(key)}" if holder else f"unknown key {near.shown(key)}"
-        return f"{unknown}{nearest(key, known)}; known are {', '.join(known)}"
+        return f"{unknown}{nearest(key, known)}; use {', '.join(known)}"
     if first["type"] == "missing":
         return f"{key} is missing; write {key}: ..."
     if first["type"] == "dimension_kind":
@@ -83,11 +83,11 @@ def describe(error: ValidationError, top_level: list[str]) -> str:
 
 def _check_path(where: str, path: str) -> None:
     if path == "seed":
-        raise SpaceError(f"{where}: seed is no hyperparameter, leave it out; the search gives every trial its own")
+        raise SpaceError(f"{where}: seed is not a hyperparameter; drop it, the search gives each trial its own seed")
     if path not in searchable_fields():
         hint = nearest(path, searchable_fields())
         raise SpaceError(
-            f"{where}: {path[:60]} is no field of a trial{hint}; known are {', '.join(searchable_fields())}"
+            f"{where}: {path[:60]} is not a field of a trial{hint}; use one of {', '.join(searchable_fields())}"
         )
 
 
@@ -99,14 +99,14 @@ def _check_field(where: str, path: str, value: object, target_sets: TargetSets) 
 
 
 def _known_modules(value: object, target_sets: TargetSets) -> object:
-    """Resolve a set or module name; an explicit list, which only `fixed` allows, is taken as it is."""
+    """Resolve a target set or module name; an explicit list, which only `fixed` allows, is not changed."""
     if not isinstance(value, str):
         return resolve_modules(value, target_sets)
     modules = {module for listed in target_sets.values() for module in listed}
     if value not in target_sets and value not in modules:
         hint = nearest(value, [*target_sets, *sorted(modules)])
         raise SpaceError(
-            f"names {near.shown(value)}, neither a target set nor a module of one{hint}; declare it under target_sets"
+            f"has {near.shown(value)}, which is neither a target set nor a module of one{hint}; declare it under target_sets"
         )
     return resolve_modules(value, target_sets)
 
@@ -116,7 +116,7 @@ def _check_dimension(path: str, dimension: Choice | IntRange | FloatRange, targe
         dimension.check()
     except SpaceError as error:
         raise SpaceError(f"dimensions: {path} {error}") from None
-    # Every bound of TrialConfig is an interval, so a range fits when its ends do.
+    # Every bound of TrialConfig is an interval, so a range is valid if its ends are.
     for value in dimension.choice if isinstance(dimension, Choice) else dimension.bounds:
         _check_field("dimensions", path, value, target_sets)
     if path == TARGETS:
@@ -131,7 +131,7 @@ def _check_condition(path: str, other: str, values: tuple[Any, ...], dimensions:
         hint = nearest(other, dimensions)
         raise SpaceError(f"{where} is not searched{hint}; name a dimension of this file or drop the condition")
     if _depends_on(other, path, dimensions):
-        raise SpaceError(f"{where} in turn depends on {path}; break the circle")
+        raise SpaceError(f"{where} itself depends on {path}; drop one of the two conditions")
     order = list(dimensions)
     if order.index(other) > order.index(path):
         raise SpaceError(f"{where} comes later in the file; move {other} above {path}")
@@ -163,6 +163,6 @@ def _check_lora(fixed: Mapping[str, Any], dimensions: Dimensions) -> None:
         return
     for path in REQUIRED_LORA:
         if path not in fixed and path not in dimensions:
-            raise SpaceError(f"{path} is neither fixed nor searched, but LoRA needs it; add it to one of them")
+            raise SpaceError(f"{path} is missing, but LoRA needs it; add it under fixed or under dimensions")
         if path in dimensions and dimensions[path].when:
             raise SpaceError(f"dimensions: {path} has a condition, but LoRA always needs it; drop the condition")

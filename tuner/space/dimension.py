@@ -31,19 +31,19 @@ PLACEMENT = "lora.placement"
 
 
 def _scalar(value: object) -> object:
-    """A union of strict types would complain of the first of them alone."""
+    """A union of strict types would report an error only for the first of them."""
     if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError("write text, a finite number, true or false")
     return value
 
 
 Scalar = Annotated[bool | int | float | str, PlainValidator(_scalar)]
-# YAML writes whole numbers without a point, which a range of real numbers accepts.
+# YAML writes whole numbers without a point; a range of real numbers accepts them, too.
 Real = StrictInt | StrictFloat
 
 
 class SuggestProtocol(Protocol):
-    """The part of `optuna.Trial` that a space needs; any searcher can offer it."""
+    """The part of `optuna.Trial` that a space needs; any searcher can implement it."""
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
 
@@ -62,28 +62,28 @@ def _as_tuples(when: object) -> object:
 
 
 class Condition(Frozen):
-    """Base of all dimensions: searched only while each dimension named in `when` has one of the listed values."""
+    """Base of all dimensions: searched only if each dimension in `when` has one of the listed values."""
 
     when: Annotated[dict[str, tuple[Scalar, ...]], BeforeValidator(_as_tuples)] = Field(default_factory=dict)
 
     def active(self, params: dict[str, Any]) -> bool:
-        """Whether the parameters chosen so far meet every condition; a dimension that is off meets none."""
+        """Whether the parameters chosen so far meet every condition; an inactive dimension meets none."""
         return all(path in params and params[path] in values for path, values in self.when.items())
 
 
 class Choice(Condition):
-    """One of the listed values; the sampler knows no order between them, so ordered numbers belong in a range."""
+    """One of the listed values; the sampler sees no order between them, so ordered numbers belong in a range."""
 
     choice: tuple[Scalar, ...]
 
     def check(self) -> None:
-        """Refuse nothing to choose from, or a value listed twice.
+        """Refuse an empty list, or a value listed twice.
 
         Raises:
-            SpaceError: in words that continue "<field> ".
+            SpaceError: its text continues "<field> ".
         """
         if not self.choice:
-            raise SpaceError("has nothing to choose from; list at least one value under choice")
+            raise SpaceError("has an empty choice; list at least one value")
         if len(set(self.choice)) < len(self.choice):
             raise SpaceError(f"lists a value twice in {list(self.choice)}; list each once")
 
@@ -103,24 +103,24 @@ class Choice(Condition):
         return self.choice
 
     def ends(self) -> Sequence[Any]:
-        """Values between which all others lie: smallest and largest of numbers, everything of anything else."""
+        """Smallest and largest value of numbers; all values of anything else."""
         if all(isinstance(value, int | float) for value in self.choice):
             return (min(self.choice), max(self.choice))
         return self.choice
 
 
 class IntRange(Condition):
-    """A whole number from low to high inclusive, on a grid of `step`, or uniform in its logarithm."""
+    """A whole number from low to high inclusive: on a grid of `step`, or uniform in its logarithm."""
 
     bounds: tuple[StrictInt, StrictInt] = Field(alias="int")
     step: StrictInt = 1
     log: StrictBool = False
 
     def check(self) -> None:
-        """Refuse an empty range, a step that does not divide it, or a logarithm that does not exist.
+        """Refuse an empty range, a step that does not divide it, or a logarithm of values that are not positive.
 
         Raises:
-            SpaceError: in words that continue "<field> ".
+            SpaceError: its text continues "<field> ".
         """
         _check_range("int", self.bounds, self.step, self.log)
         if self.log and self.step != 1:
@@ -131,7 +131,7 @@ class IntRange(Condition):
         return trial.suggest_int(name, *self.bounds, step=self.step, log=self.log)
 
     def locate(self, value: object) -> int | None:
-        """`value` when it is a whole number on the grid, or None."""
+        """`value` if it is a whole number on the grid, or None."""
         low, high = self.bounds
         inside = isinstance(value, int | float) and low <= value <= high and (value - low) % self.step == 0
         return int(value) if inside and isinstance(value, int | float) else None
@@ -155,10 +155,10 @@ class FloatRange(Condition):
     log: StrictBool = False
 
     def check(self) -> None:
-        """Refuse an empty range, a step that does not divide it, or a logarithm that does not exist.
+        """Refuse an empty range, a step that does not divide it, or a logarithm of values that are not positive.
 
         Raises:
-            SpaceError: in words that continue "<field> ".
+            SpaceError: its text continues "<field> ".
         """
         _check_range("float", self.bounds, self.step, self.log)
         if self.log and self.step is not None:
@@ -169,7 +169,7 @@ class FloatRange(Condition):
         return self._tidy(trial.suggest_float(name, *self.bounds, step=self.step, log=self.log))
 
     def locate(self, value: object) -> float | None:
-        """`value` when it is inside the range and, up to rounding, on the grid, or None."""
+        """`value` if it is inside the range and, up to rounding, on the grid, or None."""
         if not isinstance(value, int | float) or not self.bounds[0] <= value <= self.bounds[1]:
             return None
         if self.step is None:
@@ -178,7 +178,7 @@ class FloatRange(Condition):
         return self._tidy(nearest) if math.isclose(nearest, value, abs_tol=1e-6 * self.step) else None
 
     def count(self) -> int | None:
-        """Number of values; None when they are continuous."""
+        """Number of values; None if they are continuous."""
         if self.step is None:
             return None
         return round((self.bounds[1] - self.bounds[0]) / self.step) + 1
@@ -193,12 +193,12 @@ class FloatRange(Condition):
         return self.bounds
 
     def _tidy(self, value: float) -> float:
-        """Write 0.15 for the 0.15000000000000002 that adding steps gives."""
+        """Write 0.15 instead of 0.15000000000000002, which adding steps gives."""
         return float(value) if self.step is None else float(f"{value:.12g}")
 
 
 def _kind(raw: object) -> str | None:
-    """Which of the three a mapping describes; None when it names none of them, or several."""
+    """Which of the three kinds a mapping describes; None if it has none of their keys, or several."""
     if isinstance(raw, Choice):
         return "choice"
     if isinstance(raw, IntRange | FloatRange):
@@ -219,7 +219,7 @@ Dimension = Annotated[
 
 @cache
 def searchable_fields() -> dict[str, TypeAdapter[Any]]:
-    """Validator of every field of `TrialConfig` by dotted path; the seed is left out, since it is no hyperparameter."""
+    """Validator of every field of `TrialConfig` by dotted path, without the seed, which is not a hyperparameter."""
     fields = _leaves(TrialConfig, "")
     del fields["seed"]
     return fields
@@ -229,7 +229,7 @@ def check_value(path: str, value: object) -> None:
     """Check one value against the type and bounds of its field in `TrialConfig`.
 
     Raises:
-        SpaceError: the value does not fit, in words that continue "<field> ".
+        SpaceError: the value is wrong; its text continues "<field> ".
     """
     try:
         searchable_fields()[path].validate_python(value, strict=True)
@@ -237,7 +237,7 @@ def check_value(path: str, value: object) -> None:
         said = error.errors()[0]["msg"]
         hint = ""
         if isinstance(value, str) and _is_number(value):
-            hint = "; YAML reads this as text, write it with a point and without quotes, such as 1.0e-3"
+            hint = "; YAML reads this as text, so write it with a point and without quotes, such as 1.0e-3"
         raise SpaceError(f"cannot be {shown(value)}: {said[0].lower()}{said[1:]}{hint}") from None
 
 
@@ -249,7 +249,7 @@ def _leaves(model: type[BaseModel], prefix: str) -> dict[str, TypeAdapter[Any]]:
         if nested:
             found |= _leaves(nested[0], f"{prefix}{name}.")
         else:
-            # TypeAdapter takes a model's finiteness rule only through a configuration of its own.
+            # A TypeAdapter needs its own configuration to have the model's rule of finite numbers.
             adapter: TypeAdapter[Any] = TypeAdapter(info.rebuild_annotation(), config=ConfigDict(allow_inf_nan=False))
             found[f"{prefix}{name}"] = adapter
     return found
@@ -266,13 +266,13 @@ def _is_number(text: str) -> bool:
 def _check_range(kind: str, bounds: tuple[float, float], step: float | None, log: bool) -> None:
     low, high = bounds
     if not low < high:
-        raise SpaceError(f"has the empty range {kind}: [{low}, {high}]; give low < high, or list the value under fixed")
+        raise SpaceError(f"has the empty range {kind}: [{low}, {high}]; give low < high, or put the value under fixed")
     if log and low <= 0:
-        raise SpaceError(f"has log: true with a range from {low}; a logarithmic range starts above 0")
+        raise SpaceError(f"has log: true with a range from {low}; start the range above 0, or drop log")
     if step is None:
         return
     if not 0 < step <= high - low:
-        raise SpaceError(f"has step {step}, which must be above 0 and at most the range, {high - low:g}")
+        raise SpaceError(f"has step {step}; give a step above 0 and at most the width of the range, {high - low:g}")
     steps = (high - low) / step
     if not math.isclose(steps, round(steps), rel_tol=1e-9):
-        raise SpaceError(f"has step {step}, which does not divide the range from {low} to {high}")
+        raise SpaceError(f"has step {step}, which does not divide the range from {low} to {high}; change one of them")

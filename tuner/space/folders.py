@@ -1,4 +1,4 @@
-"""Where search spaces are found by name: a folder of the user's, the repository's, or the installed package's."""
+"""Where search spaces are found by name: in a folder of the user, of the repository, or of the installed package."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def space_folders() -> list[Path]:
-    """Folders to look in, the first to have a name wins: $TUNER_SPACES, the repository's, the installed one.
+    """Folders to search, in order: $TUNER_SPACES, the repository's, the installed one.
 
     Raises:
         SpaceError: $TUNER_SPACES is set to something that is not a folder.
     """
     own = os.environ.get("TUNER_SPACES")
     if own and not Path(own).is_dir():
-        raise SpaceError(f"TUNER_SPACES: {own} is not a folder; set it to a folder of YAML files or unset it")
+        raise SpaceError(f"TUNER_SPACES={own}: is not a folder; set it to a folder of YAML files or unset it")
     beside_package = Path(__file__).resolve().parents[2] / "search_spaces"
     installed = Path(sysconfig.get_path("data")) / "share" / "tuner" / "search_spaces"
     return [folder for folder in (Path(own) if own else None, beside_package, installed) if folder and folder.is_dir()]
@@ -32,7 +32,7 @@ def load_space(name_or_path: str, folders: Sequence[Path] | None = None) -> Sear
     """Load a space by name from `folders` (default `space_folders()`), or from the path of a YAML file.
 
     Raises:
-        SpaceError: no such space (names the nearest and lists all), or its file is not valid.
+        SpaceError: there is no such space (suggests the nearest and lists all), or its file is not valid.
     """
     path = Path(name_or_path)
     if path.suffix in SUFFIXES or len(path.parts) > 1:
@@ -40,8 +40,8 @@ def load_space(name_or_path: str, folders: Sequence[Path] | None = None) -> Sear
     files = _files(folders)
     if name_or_path not in files:
         raise SpaceError(
-            f"no search space is called {name_or_path!r}{nearest(name_or_path, files)}; "
-            f"there are {', '.join(sorted(files)) or 'none'}, or give the path of a YAML file"
+            f"there is no search space {name_or_path!r}{nearest(name_or_path, files)}; "
+            f"use one of {', '.join(sorted(files)) or 'none'}, or give the path of a YAML file"
         )
     return SearchSpace.from_file(files[name_or_path])
 

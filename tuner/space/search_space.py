@@ -1,4 +1,4 @@
-"""A search space as it is written down, and the configurations it stands for.
+"""A search space: its YAML form, and the configurations in it.
 
     name: example                    # the file's own name
     description: What it explores.
@@ -11,9 +11,9 @@
       loss.learn_temperature: {choice: [true, false]}
       loss.temperature: {float: [0.03, 0.12], log: true, when: {loss.learn_temperature: false}}
 
-Dimensions are dotted paths of `TrialConfig` and are sampled in the order of the file. A field that is neither fixed,
-searched, nor switched on by its condition keeps its default. Values of `lora.targets` are target sets, or modules that
-some target set names. A space without any `lora.*` field trains the projection alone.
+Dimensions are dotted paths of `TrialConfig`, sampled in the order of the file. A field keeps its default if it is not
+fixed, not searched, or off by its condition. Values of `lora.targets` are target sets, or modules of a target set. A
+space without any `lora.*` field trains only the projection.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tuner.errors import ConfigError, SpaceError
 from tuner.space.checks import check_space, describe, resolve_modules
 from tuner.space.dimension import PLACEMENT, TARGETS, Dimension, SuggestProtocol
 
-# Fields that decide which modules are adapted, that never change a parameter count, and with which the count grows.
+# Fields that decide which modules are adapted, fields that never change the parameter count, and fields that raise it.
 STRUCTURAL = frozenset({TARGETS, "lora.first_layer", PLACEMENT})
 COUNT_NEUTRAL = frozenset({"lora.alpha_ratio", "lora.dropout", "lora.rslora", "loss.temperature", "pooling"})
 GROWS_WITH = frozenset({"lora.rank", "head.hidden"})
@@ -39,7 +39,7 @@ MAX_COMBINATIONS = 10_000
 
 
 class SearchSpace(Frozen):
-    """A validated space: what is fixed, what is searched, under which conditions."""
+    """A validated space: what is fixed, what is searched, and under which conditions."""
 
     name: str = Field(min_length=1)
     description: str = Field(min_length=1)
@@ -58,7 +58,7 @@ class SearchSpace(Frozen):
         """Build from plain values, as read from YAML or from a study's record; `origin` names them in errors.
 
         Raises:
-            SpaceError: one sentence with the first field that is wrong.
+            SpaceError: one sentence about the first wrong field.
         """
         try:
             return cls.model_validate(values)
@@ -69,10 +69,10 @@ class SearchSpace(Frozen):
 
     @classmethod
     def from_file(cls, path: Path) -> SearchSpace:
-        """Read a YAML file, whose name must be the space's own.
+        """Read a YAML file; its name must be the name of the space.
 
         Raises:
-            SpaceError: the file cannot be read, is not YAML or not a valid space.
+            SpaceError: the file cannot be read, is not YAML, or is not a valid space.
         """
         try:
             values = read_yaml(path)
@@ -93,7 +93,7 @@ class SearchSpace(Frozen):
 
     @property
     def placements(self) -> tuple[str, ...]:
-        """What its trials adapt of a model: `tower`, `language_model`, `both`; nothing where they have no LoRA."""
+        """The parts that its trials adapt: `tower`, `language_model`, `both`; none if they have no LoRA."""
         if TARGETS not in self.fixed and TARGETS not in self.dimensions:
             return ()
         if PLACEMENT in self.dimensions:
@@ -101,7 +101,7 @@ class SearchSpace(Frozen):
         return (str(self.fixed.get(PLACEMENT, "tower")),)
 
     def with_placement(self, placement: str) -> SearchSpace:
-        """The same space with one placement for all of its trials, whatever the file says.
+        """The same space with this placement for all of its trials, instead of the file's.
 
         Raises:
             SpaceError: there is no such placement, or the rest of the space does not allow it.
@@ -120,10 +120,10 @@ class SearchSpace(Frozen):
         return self.build(params)
 
     def build(self, params: dict[str, Any]) -> TrialConfig:
-        """The configuration that these trial parameters stand for: the inverse of `params_of`.
+        """The configuration with these trial parameters: the inverse of `params_of`.
 
         Raises:
-            ConfigError: the parameters are not ones of this space.
+            ConfigError: the parameters are not of this space.
         """
         nested: dict[str, Any] = {}
         for path, value in {**self.fixed, **params}.items():
@@ -133,9 +133,9 @@ class SearchSpace(Frozen):
         return TrialConfig.parse(nested, f"space {self.name}")
 
     def params_of(self, config: TrialConfig) -> dict[str, Any] | None:
-        """The trial parameters that give `config` whatever its seed, or None when it lies outside this space.
+        """The trial parameters that give `config` (its seed does not matter), or None if it is outside this space.
 
-        The order of target modules does not matter; their names do, so an alias counts as another module.
+        The order of target modules does not matter. Their names do: an alias counts as another module.
         """
         wanted = _flat(config)
         params: dict[str, Any] = {}
@@ -146,12 +146,12 @@ class SearchSpace(Frozen):
             if value is None:
                 return None
             params[path] = value
-        # What is not searched must be as the space leaves it; a searched value may differ by rounding on its grid.
+        # Fields that are not searched must match exactly; a searched value may differ by rounding on its grid.
         rest = {path: value for path, value in _flat(self.build(params)).items() if path not in params}
         return params if all(wanted[path] == value for path, value in rest.items()) else None
 
     def size(self, countable_only: bool = False) -> int | None:
-        """Number of distinct configurations; None when a dimension is continuous, unless those are left out."""
+        """Number of distinct configurations; None if a dimension is continuous, unless only countable ones count."""
         continuous = {path for path, dimension in self.dimensions.items() if dimension.count() is None}
         if continuous and not countable_only:
             return None
@@ -165,8 +165,8 @@ class SearchSpace(Frozen):
         """Exact smallest and largest number of trainable parameters over the space.
 
         `count` gives the number of one configuration. It is called for every combination of the dimensions that
-        change it; of rank and head width, with which it grows, only the ends are tried, and learning rates, dropout
-        and the like not at all. Errors of `count` (a target that the encoder lacks) pass through.
+        change it. It grows with rank and head width, so only their ends are tried; learning rates, dropout and the
+        like do not change it and are not tried. Errors of `count` (a target that the encoder lacks) pass through.
 
         Raises:
             SpaceError: there are more than 10,000 such combinations.
@@ -182,9 +182,9 @@ class SearchSpace(Frozen):
         return min(counts), max(counts)
 
     def validate_for(self, check: Callable[[TrialConfig], None]) -> None:
-        """Run `check` on every combination of targets, first layer and conditions, before anything trains.
+        """Run `check` on every combination of targets, first layer and conditions, before training starts.
 
-        `check` raises for a configuration that cannot be placed in the encoder at hand.
+        `check` raises for a configuration that cannot be placed in the encoder.
 
         Raises:
             SpaceError: there are more than 10,000 such combinations.
@@ -202,7 +202,7 @@ class SearchSpace(Frozen):
         return {path for dimension in self.dimensions.values() for path in dimension.when}
 
     def _combinations(self, tried: Callable[[str], Sequence[Any]]) -> Iterator[dict[str, Any]]:
-        """Every active combination of the tried values of each dimension, of controllers always all values."""
+        """Every active combination of the tried values of each dimension; of controllers, all values are tried."""
         controllers = self._controllers()
         paths = list(self.dimensions)
 

@@ -1,12 +1,12 @@
 """CLAP's audio tower, HTSAT (arXiv:2202.00874): facts from its configuration. No torch here.
 
-A Swin transformer over one picture of the sound: the mel spectrum of 10 s, stretched a little and folded into a square,
-cut into patches. A clip always fills that window: a shorter one is repeated as the checkpoint's own front end says
-(`repeatpad`: as often as it fits, then zeros), and a longer one is refused, where the original takes 10 s of it at
-random. So all clips have the same number of tokens and there is no padding to cut away. On the way from stage to stage
-4 neighbouring tokens become one of twice the width.
+A Swin transformer over one picture of the sound: the mel spectrum of 10 s, stretched a little, folded into a square and
+cut into patches. A clip always fills that window. A shorter one is repeated as the checkpoint's own front end does it
+(`repeatpad`: as often as it fits, then zeros). A longer one is refused; the original takes a random 10 s of it. So all
+clips have the same number of tokens, and there is no padding to drop. From stage to stage 4 neighbouring tokens become
+one of twice the width.
 
-The tower comes inside the whole model (`clap`), of which nothing else is read, or as a folder of its own
+The tower comes inside the whole model (`clap`), of which only the tower is read, or as a folder of its own
 (`clap_audio_model`, with or without the projection, which is omitted: the adapter's own head takes its place).
 """
 
@@ -25,7 +25,7 @@ from tuner.errors import EncoderError
 WHOLE, TOWER = "clap", "clap_audio_model"
 PREFIXES = {WHOLE: ("audio_model.audio_encoder.",), TOWER: ("audio_model.audio_encoder.", "audio_encoder.")}
 SAMPLING_RATE = 48_000  # Hz
-# What the nested configuration of a whole model may omit: the defaults of transformers.
+# Fields that the nested configuration of a whole model may omit, with the defaults of transformers.
 DEFAULTS = {
     "depths": [2, 2, 6, 2],
     "enable_fusion": False,
@@ -70,15 +70,15 @@ def inspect(source: EncoderSource) -> EncoderSpec:
 
     Raises:
         EncoderError: a field of the configuration is wrong or asks for fusion, there are no weights or no preprocessor
-            configuration, or padding to 30 s is asked for.
+            configuration, or padding to 30 s is requested.
     """
     folder = source.folder
     if source.ref.pad_to_30s:
-        raise EncoderError(f"{source.ref.source}: a clip always fills the window of CLAP; drop pad_to_30s")
+        raise EncoderError(f"{source.ref.source}: every clip fills CLAP's own window; drop pad_to_30s")
     config = tower_config(source.config, DEFAULTS)
     if config["enable_fusion"]:
         raise EncoderError(
-            f"{folder}: enable_fusion in config.json asks for four views of a clip, which this program does not run; "
+            f"{folder}: enable_fusion in config.json asks for four views of a clip, which tuner does not support; "
             "use a checkpoint without fusion, such as laion/clap-htsat-unfused"
         )
     mels, size = positive(config, "num_mel_bins", folder), positive(config, "spec_size", folder)
@@ -86,8 +86,8 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     frames = extractor["max_length_s"] * SAMPLING_RATE // extractor["hop_length"] + 1
     if frames > size * (size // mels):
         raise EncoderError(
-            f"{preprocessor_file(folder)}: makes {frames} frames, more than the {size * (size // mels)} that spec_size "
-            "and num_mel_bins in config.json have room for; fetch the model again"
+            f"{preprocessor_file(folder)}: makes {frames} frames, but spec_size "
+            f"and num_mel_bins in config.json allow at most {size * (size // mels)}; download the model again"
         )
     return EncoderSpec(
         **source.facts(weight_files(folder, PREFIXES[source.model_type])),
@@ -127,7 +127,7 @@ def _stages(config: Mapping[str, Any], folder: Path) -> tuple[Stage, ...]:
 
 
 def _side(config: Mapping[str, Any], folder: Path) -> int:
-    """Patches along a side of the picture. Each stage halves it, and the last one still holds a window of attention."""
+    """Patches along a side of the picture. Each stage halves it; in the last one an attention window must still fit."""
     size, mels = positive(config, "spec_size", folder), positive(config, "num_mel_bins", folder)
     window, halvings = positive(config, "window_size", folder), len(_depths(config, folder)) - 1
     stride = config["patch_stride"]
@@ -139,7 +139,7 @@ def _side(config: Mapping[str, Any], folder: Path) -> int:
             return side
     raise EncoderError(
         f"{folder}: spec_size, num_mel_bins, patch_stride, depths and window_size in config.json do not fit together; "
-        "fetch the model again"
+        "download the model again"
     )
 
 
@@ -147,13 +147,14 @@ def _depths(config: Mapping[str, Any], folder: Path) -> list[int]:
     depths = config["depths"]
     if not isinstance(depths, list) or not depths or not all(isinstance(each, int) and each > 0 for each in depths):
         raise EncoderError(
-            f"{folder}: depths in config.json is {depths!r}, expected a list of positive numbers; fetch the model again"
+            f"{folder}: depths in config.json is {depths!r}, expected a list of positive numbers; "
+            "download the model again"
         )
     return depths
 
 
 def _tower_path(source: EncoderSource) -> str:
-    # Of the two classes with this configuration one holds the other.
+    # Two classes have this configuration, and one contains the other.
     bare = source.model_type == TOWER and "ClapAudioModel" in (source.config.get("architectures") or ())
     return "audio_encoder" if bare else "audio_model.audio_encoder"
 
@@ -166,14 +167,14 @@ def read_settings(folder: Path, mels: int) -> dict[str, Any]:
     """
     path, given = preprocessor_file(folder), read_preprocessor(folder)
     if given is None:
-        raise EncoderError(f"{path}: is missing, and it alone says how a clip fills the window; fetch it too")
+        raise EncoderError(f"{path}: is missing, but it defines how a clip fills the window; download it too")
     config: dict[str, Any] = _EXTRACTOR_DEFAULTS | given
     for name, value in {"sampling_rate": SAMPLING_RATE, "feature_size": mels, "truncation": "rand_trunc"}.items():
         if config[name] != value:
-            raise EncoderError(f"{path}: {name} is {config[name]}, but this encoder reads {value}; fetch it again")
+            raise EncoderError(f"{path}: {name} is {config[name]}, but this encoder reads {value}; download it again")
     for name in ("hop_length", "max_length_s"):
         if not isinstance(config[name], int) or config[name] < 1:
-            raise EncoderError(f"{path}: {name} is {config[name]!r}, expected a positive number; fetch it again")
+            raise EncoderError(f"{path}: {name} is {config[name]!r}, expected a positive number; download it again")
     return config
 
 

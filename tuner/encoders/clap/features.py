@@ -22,14 +22,14 @@ class ClapFeatures:
         self.extractor: Any = ClapFeatureExtractor.from_dict(config)
 
     def extract(self, waveform: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
-        """Log-mel levels in dB [C, F] of mono samples [S] at 48 kHz, and F: all frames of the window are the clip's.
+        """Log-mel levels in dB [C, F] of mono samples [S] at 48 kHz, and F, since the clip fills the window.
 
         Raises:
             DataError: the clip is empty, not mono, or longer than the window.
         """
         if waveform.ndim != 1 or not waveform.size:
             raise DataError(f"a clip must be mono and not empty, but this one has shape {waveform.shape}")
-        # The extractor would go on with a random part of it.
+        # The extractor would take a random part of it.
         if waveform.size > self.extractor.nb_max_samples:
             raise DataError(
                 f"a clip of {waveform.size / SAMPLING_RATE:.1f} s is longer than the encoder's "

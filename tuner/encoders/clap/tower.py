@@ -2,8 +2,8 @@
 
 Shapes: B clips, C mel bins, F frames, T tokens of a clip, N tokens of all clips, D width of the stage.
 
-What comes out are the last stage's tokens behind the final layer norm. Their mean is transformers' `pooler_output`:
-what it does before its `avgpool` only puts the tokens in another order.
+The output is the last stage's tokens after the final layer norm. Their mean is transformers' `pooler_output`: its
+steps before `avgpool` only reorder the tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0, "hidde
 
 
 class HtsatEncoder(AudioEncoder):
-    """Transformers' ClapAudioEncoder behind the surface of `AudioEncoder`."""
+    """Transformers' ClapAudioEncoder as an `AudioEncoder`."""
 
     def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:
         """Batch BCF; every clip fills the window, so there is nothing to pad."""
@@ -41,14 +41,14 @@ class HtsatEncoder(AudioEncoder):
         """States BTD before block 0: patches of the folded picture, row by row."""
         tower: Any = self.model
         norm = tower.batch_norm
-        # By the running statistics even in `train()`: the module itself would take those of the batch, and learn them.
+        # Use the running statistics even in `train()`: the module itself would use and learn those of the batch.
         level_BCF = F.batch_norm(
             features_BCF, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
         )
         return cast(Tensor, tower.patch_embed(tower.reshape_mel2img(level_BCF.transpose(1, 2)[:, None])))
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
-        """States ND after block `index`, whose windows of attention lie in the picture of one clip each."""
+        """States ND after block `index`; each attention window lies in the picture of one clip."""
         tower: Any = self.model
         stage = self.spec.stage_at(index)
         layer = tower.layers[stage].blocks[index - self.spec.first_block(stage)]
@@ -76,10 +76,10 @@ def _by_clip(hidden_ND: Tensor, packing: Packing) -> Tensor:
 
 
 def load_clap(spec: EncoderSpec, dtype: torch.dtype, device: str) -> HtsatEncoder:
-    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+    """The frozen tower, its weights read straight into place; no other part of a whole model is built or read.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     config = ClapAudioConfig(**(tower_config(read_json(spec.folder / "config.json"), DEFAULTS) | NO_DROPOUT))
     build: Any = ClapAudioEncoder

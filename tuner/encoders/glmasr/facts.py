@@ -1,8 +1,9 @@
 """The audio tower of GLM-ASR: Whisper's convolutions, rotary positions in the blocks. No torch here.
 
-The original pads the clips of a batch to the longest and lets the padding attend, so what it gives for a clip depends
-on its neighbors. Here every clip is truncated to itself, and the convolutions see silence behind it. The tower comes
-inside the whole model (`glmasr`), of which nothing but the tower is read, or as a folder of its own (`glmasr_encoder`).
+The original pads the clips of a batch to the longest and lets the padding attend, so its output for a clip depends on
+the rest of the batch. Here every clip is truncated to its own length, and the convolutions read silence after it. The
+tower comes inside the whole model (`glmasr`), of which only the tower is read, or as a folder of its own
+(`glmasr_encoder`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     """Facts of the tower; `source` is a whole model or the tower alone.
 
     Raises:
-        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
+        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is requested.
     """
     if source.ref.pad_to_30s:
         raise EncoderError(f"{source.ref.source}: GLM-ASR has no 30 s window to pad to; drop pad_to_30s")
@@ -50,7 +51,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
         raise EncoderError(
             f"{source.folder}: num_key_value_heads in config.json differs from num_attention_heads, "
-            "which this program does not run"
+            "which tuner does not support; use another checkpoint"
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
     names = in_whisper_names(config, "max_position_embeddings")

@@ -21,7 +21,7 @@ from tuner.encoders.whisper.tower import WhisperAudioEncoder
 
 
 class GlmAsrTower(WhisperAudioEncoder):
-    """Transformers' GlmAsrEncoder behind the surface of `AudioEncoder`."""
+    """Transformers' GlmAsrEncoder as an `AudioEncoder`."""
 
     def __init__(self, spec: EncoderSpec, tower: nn.Module) -> None:
         super().__init__(spec, tower)
@@ -45,10 +45,10 @@ class GlmAsrTower(WhisperAudioEncoder):
 
 
 def load_glmasr(spec: EncoderSpec, dtype: torch.dtype, device: str) -> GlmAsrTower:
-    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+    """The frozen tower, its weights read straight into place; no other part of a whole model is built or read.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     fields = tower_config(read_json(spec.folder / "config.json"), DEFAULTS) | {"attention_dropout": 0.0}
     config: Any = GlmAsrEncoderConfig(**fields)

@@ -1,9 +1,8 @@
 """The audio tower of Qwen2.5-Omni: facts from its configuration. No torch here.
 
-Whisper's encoder cut into windows of 2 s: convolutions, positions and attention all stay inside their window. It reads
-the real frames alone, so it has no padding to speak of. The tower comes inside the whole model (`qwen2_5_omni`), inside
-its thinker (`qwen2_5_omni_thinker`), of which nothing but the tower is read, or as a folder of its own
-(`qwen2_5_omni_audio_encoder`).
+Whisper's encoder in windows of 2 s: convolutions, positions and attention all stay inside their window. It reads only
+the real frames, so there is no padding. The tower comes inside the whole model (`qwen2_5_omni`) or its thinker
+(`qwen2_5_omni_thinker`), of which only the tower is read, or as a folder of its own (`qwen2_5_omni_audio_encoder`).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     """Facts of the tower.
 
     Raises:
-        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
+        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is requested.
     """
     if source.ref.pad_to_30s:
         raise EncoderError(f"{source.ref.source}: Qwen2.5-Omni has no 30 s window to pad to; drop pad_to_30s")

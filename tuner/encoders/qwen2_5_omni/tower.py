@@ -3,8 +3,8 @@
 Shapes: B clips, C mel bins, F frames, K windows of a clip, T tokens of the longest clip, N tokens of all clips, D
 width.
 
-What comes out are the states behind the last layer norm, of width D. The tower's own `proj` into the space of the
-language model is omitted, as Qwen2-Audio's projector is: the adapter's own head takes its place.
+The output is the states after the last layer norm, of width D. The tower's own `proj` into the space of the language
+model is omitted, like Qwen2-Audio's projector: the adapter's own head takes its place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tuner.encoders.whisper.tower import NO_DROPOUT
 
 
 class OmniTower(Qwen2AudioTower):
-    """Transformers' Qwen2_5OmniAudioEncoder behind the surface of `AudioEncoder`."""
+    """Transformers' Qwen2_5OmniAudioEncoder as an `AudioEncoder`."""
 
     @property
     def _window(self) -> int:
@@ -40,18 +40,18 @@ class OmniTower(Qwen2AudioTower):
         return int(tower.n_window)  # tokens
 
     def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
-        """The packing of clips of so many tokens each; their windows attend apart."""
+        """The packing of clips with these numbers of tokens; each window attends only to itself."""
         return Packing(lengths, self.dtype, self.device, self._window)
 
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
-        """States BTD before block 0, zero behind each clip."""
+        """States BTD before block 0, zero after each clip."""
         clips = zip(features_BCF, frames_B.tolist(), strict=True)
         return nn.utils.rnn.pad_sequence([self._stem_alone(clip_CF[:, :frames]) for clip_CF, frames in clips], True)
 
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
         tower: Any = self.model
-        # One span for the layer, which would call attention once a window; the packing knows the windows.
+        # One span for all: with more, the layer would call attention once per window. The packing has the windows.
         whole = torch.tensor([0, len(hidden_ND)])
         return cast(Tensor, tower.layers[index](hidden_ND, cu_seqlens=whole, packing=packing)[0])
 
@@ -67,7 +67,7 @@ class OmniTower(Qwen2AudioTower):
         span = STRIDE * self._window
         padded_CF = F.pad(clip_CF, (0, -frames % span))
         windows_KCF = padded_CF.view(channels, -1, span).transpose(0, 1)
-        # The second convolution meets zeros behind the last frame, as it does at the end of a full window.
+        # The second convolution must read zeros after the last frame, as it does at the end of a full window.
         real_K1F = (torch.arange(padded_CF.shape[1], device=clip_CF.device) < frames).view(-1, 1, span)
         hidden_KDF = F.gelu(tower.conv1(windows_KCF)) * real_K1F
         hidden_KTD = F.gelu(tower.conv2(hidden_KDF)).transpose(1, 2)
@@ -76,10 +76,10 @@ class OmniTower(Qwen2AudioTower):
 
 
 def load_omni(spec: EncoderSpec, dtype: torch.dtype, device: str) -> OmniTower:
-    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+    """The frozen tower, its weights read straight into place; no other part of a whole model is built or read.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     fields = omni_config(read_json(spec.folder / "config.json"))
     config = Qwen2_5OmniAudioEncoderConfig(**(fields | NO_DROPOUT))

@@ -1,13 +1,13 @@
 """Qwen2-Audio: facts of its audio tower, and of the path through its language model. No torch here.
 
 The tower is Whisper's encoder with the padding masked and with the last states averaged in pairs, so features, token
-arithmetic and target names are Whisper's. It comes inside the whole model (`qwen2_audio`), of which nothing but the
+arithmetic and target names are Whisper's. It comes inside the whole model (`qwen2_audio`), of which only the
 tower is read, or as a folder of its own (`qwen2_audio_encoder`).
 
-On the path `full_forward` the pairs go on through the projector and the language model, and the last hidden state is
-pooled over them. No text goes in with them: an embedding should depend on the recording alone, every token of a prompt
-would cost each clip a pass through 7 billion parameters, and what a fixed prompt could say the adapters can learn.
-So neither the word embeddings nor the output layer are read.
+On the path `full_forward` the pairs pass through the projector and the language model, and the last hidden state is
+pooled over them. There is no text prompt: an embedding should depend only on the recording, every token of a prompt
+would cost each clip a pass through 7 billion parameters, and the adapters can learn what a fixed prompt could add.
+So neither the word embeddings nor the output layer is read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEFAULTS = {
     "d_model": 1280,
     "max_source_positions": 1500,
 }
-# Likewise of its language model, by the defaults of transformers' Qwen2Config.
+# The same for its language model, with the defaults of transformers' Qwen2Config.
 TEXT_DEFAULTS = {
     "hidden_size": 4096,
     "intermediate_size": 22016,
@@ -51,7 +51,7 @@ TEXT_DEFAULTS = {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
-# The gated MLP has two layers where others have one: a space that says `fc1` means what widens, and so both.
+# The gated MLP has two widening layers where others have one, so `fc1` in a space means both.
 TEXT_ALIASES = {
     "out_proj": ("o_proj",),
     "query": ("q_proj",),
@@ -66,12 +66,12 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     """Facts of the tower, or of the path through the language model; `source` is a whole model or the tower alone.
 
     Raises:
-        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is asked for.
+        EncoderError: a field of the configuration is wrong, there are no weights, or padding to 30 s is requested.
     """
     if source.ref.pad_to_30s:
         raise EncoderError(
-            f"{source.ref.source}: Qwen2-Audio masks what lies behind a clip, so padding to 30 s gives the same "
-            "embeddings for more work; drop pad_to_30s"
+            f"{source.ref.source}: Qwen2-Audio masks the padding after a clip, so padding to 30 s costs more and gives "
+            "the same embeddings; drop pad_to_30s"
         )
     weights = weight_files(source.folder, PREFIXES[source.model_type])
     config, path = tower_config(source.config, DEFAULTS), TOWER_PATHS[source.model_type]
@@ -106,8 +106,8 @@ def _language_model_stage(source: EncoderSource) -> Stage:
     folder, config = source.folder, text_config(source.config)
     if config.get("model_type", "qwen2") != "qwen2" or config.get("use_sliding_window"):
         raise EncoderError(
-            f"{folder}: text_config in config.json asks for a language model other than Qwen2 with full attention, "
-            "which this program does not run; use path audio_tower"
+            f"{folder}: text_config in config.json is not of a Qwen2 with full attention, the only language model that "
+            "tuner supports here; use path audio_tower"
         )
     width, wide = positive(config, "hidden_size", folder), positive(config, "intermediate_size", folder)
     heads = positive(config, "num_attention_heads", folder)

@@ -3,8 +3,8 @@
 Shapes: B clips, C mel bins, F frames, T tokens of the longest clip, N tokens of all clips, P pairs of all clips (the
 tokens of the language model), D width of the stage.
 
-A clip's pairs are all that the language model reads, from place 0 on; its attention is causal, so the mean over its
-last hidden states weighs the early sound of a clip more than the late. That is the model as it was trained.
+The language model reads only a clip's pairs, from place 0 on. Its attention is causal, so the mean over its last hidden
+states gives the early sound of a clip more weight than the late. That is the model as it was trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LANGUAGE_MODEL = 1  # stage
 
 
 class Qwen2AudioFullForward(AudioEncoder):
-    """Transformers' Qwen2AudioModel behind the surface of `AudioEncoder`; its root is where adapters are injected."""
+    """Transformers' Qwen2AudioModel as an `AudioEncoder`; its root is where adapters are injected."""
 
     def __init__(self, spec: EncoderSpec, model: nn.Module) -> None:
         super().__init__(spec, model)
@@ -56,7 +56,7 @@ class Qwen2AudioFullForward(AudioEncoder):
         return self._audio.stem(features_BCF, frames_B)
 
     def packing(self, lengths: Sequence[int], depth: int = 0) -> Packing:
-        """The packing of clips of so many tokens each, causal in the language model."""
+        """The packing of clips with these numbers of tokens, causal in the language model."""
         causal = self.spec.stage_at(depth) == LANGUAGE_MODEL
         return Packing(lengths, self.dtype, self.device, causal=causal)
 
@@ -97,7 +97,7 @@ def load_full_forward(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Qwe
     """The frozen model, its weights read straight into place; word embeddings and output layer stay on disk.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     model: Any = empty_qwen2_audio(read_json(spec.folder / "config.json"))
     tensors = {

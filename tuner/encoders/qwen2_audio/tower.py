@@ -3,7 +3,7 @@
 Shapes: N tokens of all clips, P pairs of neighboring tokens of all clips, D width.
 
 The original pads every clip to 30 s and masks the padding in attention. Here the padding is not computed at all: stem
-and blocks are those of `WhisperAudioEncoder`, whose truncation is exact where padding does not attend.
+and blocks are those of `WhisperAudioEncoder`, and its truncation is exact because padding does not attend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tuner.encoders.whisper.tower import NO_DROPOUT, WhisperAudioEncoder
 
 
 class Qwen2AudioTower(WhisperAudioEncoder):
-    """Transformers' Qwen2AudioEncoder behind the surface of `AudioEncoder`."""
+    """Transformers' Qwen2AudioEncoder as an `AudioEncoder`."""
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
         """Means of neighboring tokens, then the final layer norm; a last token without a neighbor is dropped."""
@@ -34,10 +34,10 @@ class Qwen2AudioTower(WhisperAudioEncoder):
 
 
 def load_qwen2_audio(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Qwen2AudioTower:
-    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+    """The frozen tower, its weights read straight into place; no other part of a whole model is built or read.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     config = tower_config(read_json(spec.folder / "config.json"), DEFAULTS)
     tower = empty_model(Qwen2AudioEncoder, Qwen2AudioEncoderConfig(**(config | NO_DROPOUT)))

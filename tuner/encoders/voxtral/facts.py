@@ -1,7 +1,7 @@
-"""The audio tower of Voxtral: Whisper's encoder under other names of its configuration. No torch here.
+"""The audio tower of Voxtral: Whisper's encoder with other names in its configuration. No torch here.
 
-As with Whisper, padding attends in the original, so a tower truncated to the clip is another (and much cheaper) model
-than the original, which is `pad_to_30s`. The tower comes inside the whole model (`voxtral`), of which nothing but the
+As in Whisper, padding attends in the original, so a tower truncated to the clip is a different (and much cheaper) model
+from the original, which is `pad_to_30s`. The tower comes inside the whole model (`voxtral`), of which only the
 tower is read, or as a folder of its own (`voxtral_encoder`).
 """
 

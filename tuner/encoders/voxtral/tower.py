@@ -17,10 +17,10 @@ NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.
 
 
 def load_voxtral(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WhisperAudioEncoder:
-    """The frozen tower, its weights read straight into place; of a whole model nothing else is built or read.
+    """The frozen tower, its weights read straight into place; no other part of a whole model is built or read.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     config = tower_config(read_json(spec.folder / "config.json"), DEFAULTS)
     tower = empty_model(VoxtralEncoder, VoxtralEncoderConfig(**(config | NO_DROPOUT)))

@@ -18,7 +18,8 @@ from tuner.errors import EncoderError
 # The encoder alone, and inside a model with a head (`Wav2Vec2ForCTC` and others).
 PREFIXES = {name: (f"{name}.", "") for name in ("wav2vec2", "hubert", "wavlm")}
 SAMPLING_RATE = 16_000  # Hz
-# The architecture has no limit; attention over a clip grows with its square, and all families stop here.
+# The architecture has no limit. But the cost of attention grows with the square of the length, and the other families
+# stop here, too.
 MAX_SECONDS = 30
 READERS = ("q_proj", "k_proj", "v_proj")  # of the block's input
 ATTENTION = (*READERS, "out_proj")
@@ -32,9 +33,9 @@ ALIASES = {
     "up_proj": ("intermediate_dense",),
     "down_proj": ("output_dense",),
 }
-# What these models can have on top of the towers that are known here, by the field that switches it on.
+# Parts that these models can have and that are not supported here, by the field that switches each on.
 _UNKNOWN_PARTS = {
-    "add_adapter": "convolutions behind the blocks",
+    "add_adapter": "convolutions after the blocks",
     "conv_pos_batch_norm": "a batch norm before the positional convolution",
 }
 
@@ -44,14 +45,16 @@ def inspect(source: EncoderSource) -> EncoderSpec:
 
     Raises:
         EncoderError: a field of the configuration is missing or asks for what is not supported, there are no weights
-            or no preprocessor configuration, or padding to 30 s is asked for.
+            or no preprocessor configuration, or padding to 30 s is requested.
     """
     folder, config, family = source.folder, source.config, source.model_type
     if source.ref.pad_to_30s:
         raise EncoderError(f"{source.ref.source}: {family} has no 30 s window to pad to; drop pad_to_30s")
     for field, part in _UNKNOWN_PARTS.items():
         if config.get(field):
-            raise EncoderError(f"{folder}: {field} in config.json asks for {part}, which this program does not run")
+            raise EncoderError(
+                f"{folder}: {field} in config.json asks for {part}, which tuner does not support; use another checkpoint"
+            )
     read_settings(folder)
     layers = positive(config, "num_hidden_layers", folder)
     width, wide = positive(config, "hidden_size", folder), positive(config, "intermediate_size", folder)
@@ -78,10 +81,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path, config = preprocessor_file(folder), read_preprocessor(folder)
     if config is None:
-        raise EncoderError(f"{path}: is missing, and it alone says how the waveform is normalised; fetch it too")
+        raise EncoderError(f"{path}: is missing, but it defines how the waveform is normalised; download it too")
     rate = config.get("sampling_rate", SAMPLING_RATE)
     if rate != SAMPLING_RATE:
-        raise EncoderError(f"{path}: sampling_rate is {rate}, but this encoder reads {SAMPLING_RATE}; fetch it again")
+        raise EncoderError(
+            f"{path}: sampling_rate is {rate}, but this encoder reads {SAMPLING_RATE}; download it again"
+        )
     return config
 
 
@@ -89,7 +94,8 @@ def _convolutions(source: EncoderSource) -> tuple[Window, ...]:
     kernels, strides = source.config.get("conv_kernel"), source.config.get("conv_stride")
     if not isinstance(kernels, list) or not isinstance(strides, list) or len(kernels) != len(strides):
         raise EncoderError(
-            f"{source.folder}: conv_kernel and conv_stride in config.json must be lists of one length; fetch it again"
+            f"{source.folder}: conv_kernel and conv_stride in config.json must be lists of the same length; "
+            "download the model again"
         )
     return tuple(Window(int(kernel), int(stride), 0) for kernel, stride in zip(kernels, strides, strict=True))
 

@@ -14,7 +14,7 @@ from tuner.errors import DataError
 
 
 class WaveformFeatures:
-    """The waveform itself, of zero mean and unit variance where the model was trained so."""
+    """The waveform itself, with zero mean and unit variance if the model was trained that way."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec

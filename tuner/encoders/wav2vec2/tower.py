@@ -3,8 +3,8 @@
 Shapes: B clips, C channels, F frames, S samples, T tokens of the longest clip, N tokens of all clips, D width.
 
 The stem runs clip by clip: the group norm of the base models takes its statistics over the whole clip, and the
-positional convolution sees 2.5 s around a token, so padding would leak into both. A clip in a batch is therefore the
-clip alone, while transformers' own padded batches of base models are not.
+positional convolution reads 2.5 s around a token, so padding would change both. A clip in a batch therefore equals the
+clip alone, which is not so in transformers' own padded batches of base models.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.wav2vec2.facts import PREFIXES
 from tuner.encoders.weights import load_strictly, read_tensors
 
-# oneDNN keeps memory for every length that a convolution has met: clips are rounded up to half seconds.
+# oneDNN keeps memory for every input length of a convolution, so clips are rounded up to half seconds.
 LENGTH_MULTIPLE = 8000
-# The tower is frozen: its dropout would only add noise, and SpecAugment's masks are not drawn here.
+# The tower is frozen: its dropout would only add noise, and SpecAugment is not used.
 _FROZEN = {
     "activation_dropout": 0.0,
     "attention_dropout": 0.0,
@@ -49,10 +49,10 @@ _RENAMED = {
 
 
 class WaveformEncoder(AudioEncoder):
-    """Transformers' Wav2Vec2Model or HubertModel behind the surface of `AudioEncoder`."""
+    """Transformers' Wav2Vec2Model or HubertModel as an `AudioEncoder`."""
 
     def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:
-        """Batch BCF, as long as its longest clip, with digital silence behind the others, which `stem` cuts off."""
+        """Batch BCF, as long as its longest clip, with digital silence after the others, which `stem` cuts off."""
         longest = max(clip.shape[1] for clip in features)
         batch = np.zeros((len(features), self.spec.feature_channels, longest), dtype=np.float32)
         for row, clip in zip(batch, features, strict=True):
@@ -60,7 +60,7 @@ class WaveformEncoder(AudioEncoder):
         return torch.from_numpy(batch).to(self.device, self.dtype)
 
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
-        """States BTD before block 0, zero behind each clip."""
+        """States BTD before block 0, zero after each clip."""
         clips = zip(features_BCF[:, 0], frames_B.tolist(), strict=True)
         return nn.utils.rnn.pad_sequence([self._stem_alone(clip_S[:frames]) for clip_S, frames in clips], True)
 
@@ -81,24 +81,24 @@ class WaveformEncoder(AudioEncoder):
         return bool(tower.config.do_stable_layer_norm)
 
     def _stem_alone(self, clip_S: Tensor) -> Tensor:
-        """States TD of one clip. What lies behind the clip is there for its round length and never looked at."""
+        """States TD of one clip. The padding to a round length is dropped before anything reads it."""
         tower: Any = self.model
         hidden_1CF = F.pad(clip_S, (0, -len(clip_S) % LENGTH_MULTIPLE))[None, None]
         lengths = self.spec.stem_lengths(len(clip_S))
         for layer, length in zip(tower.feature_extractor.conv_layers, lengths, strict=True):
             hidden_1CF = _convolve(layer, hidden_1CF, length)
         projected = tower.feature_projection(hidden_1CF.transpose(1, 2))
-        # wav2vec 2.0 also returns what it quantises.
+        # wav2vec 2.0 also returns the input of its quantiser.
         hidden_1TD = projected[0] if isinstance(projected, tuple) else projected
         tokens = lengths[-1]
-        # The positional convolution must meet zeros behind the clip, as at the end of a clip alone.
+        # The positional convolution must read zeros after the clip, as at the end of a clip alone.
         hidden_1TD = torch.cat([hidden_1TD[:, :tokens], torch.zeros_like(hidden_1TD[:, tokens:])], dim=1)
         hidden_TD = (hidden_1TD + tower.encoder.pos_conv_embed(hidden_1TD))[0, :tokens]
         return hidden_TD if self._norm_comes_last else cast(Tensor, tower.encoder.layer_norm(hidden_TD))
 
 
 def _convolve(layer: Any, hidden_1CF: Tensor, length: int) -> Tensor:
-    """One layer of the convolutional front end, of whose output the first `length` frames are the clip's."""
+    """One layer of the convolutional front end; the first `length` frames of its output belong to the clip."""
     norm = getattr(layer, "layer_norm", None)
     if not isinstance(norm, nn.GroupNorm):
         return cast(Tensor, layer(hidden_1CF))
@@ -111,7 +111,7 @@ def load_wav2vec2(spec: EncoderSpec, dtype: torch.dtype, device: str) -> Wavefor
     """The frozen tower of a wav2vec 2.0 or HuBERT, its weights read straight into place.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     config_class, tower_class = {
         "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
@@ -131,11 +131,11 @@ def fill_tower(tower: Any, spec: EncoderSpec, dtype: torch.dtype, device: str) -
     """Read the weights of a tower on the meta device and freeze it.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     tensors = read_tensors(spec.folder, PREFIXES[spec.family], dtype, device)
     tensors.pop(_MASK_EMBEDDING, None)
     load_strictly(tower, {_RENAMED.get(name, name): tensor for name, tensor in tensors.items()}, spec.folder)
-    # The frozen weight as it is, instead of the product of the weight norm again for every clip.
+    # Keep the frozen weight itself, instead of computing it from the weight norm again for every clip.
     parametrize.remove_parametrizations(tower.encoder.pos_conv_embed.conv, "weight")
     tower.requires_grad_(False)

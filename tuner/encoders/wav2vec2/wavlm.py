@@ -2,9 +2,9 @@
 
 Shapes: N tokens of all clips, G clips of a group, T tokens of the longest of a group, H heads, d head width, D width.
 
-Transformers computes this attention from the weights of its projections instead of calling them, so a LoRA on them
-would change nothing and have no gradient. Here the projections are called; an exported adapter takes effect in a plain
-`WavLMModel` once it is merged.
+Transformers computes this attention from the weights of its projections and does not call them, so a LoRA on them
+would have no effect and no gradient. Here the projections are called. In a plain `WavLMModel` an exported adapter has
+an effect only after it is merged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tuner.encoders.wav2vec2.tower import WaveformEncoder, fill_tower, frozen_co
 
 
 class PackedWavLMAttention(WavLMAttention):
-    """WavLM's attention over the clips of a packing, by the same weights."""
+    """WavLM's attention over the clips of a packing, with the same weights."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Packing, position_bias: Tensor, **more: Any
@@ -44,7 +44,7 @@ class PackedWavLMAttention(WavLMAttention):
         return states_1ND.view(1, -1, self.num_heads, self.head_dim).transpose(1, 2)
 
     def _gate(self, states_1HNd: Tensor) -> Tensor:
-        """How much position counts for each token and head, [1, H, N, 1]."""
+        """The weight of the position bias for each token and head, [1, H, N, 1]."""
         scores: Tensor = self.gru_rel_pos_linear(states_1HNd)
         summed = scores.view(*scores.shape[:3], 2, 4).sum(dim=4)
         update, reset = torch.sigmoid(summed).chunk(2, dim=3)
@@ -52,7 +52,7 @@ class PackedWavLMAttention(WavLMAttention):
 
 
 class WavLMEncoder(WaveformEncoder):
-    """Transformers' WavLMModel, its attention packed, behind the surface of `AudioEncoder`."""
+    """Transformers' WavLMModel, its attention packed, as an `AudioEncoder`."""
 
     def __init__(self, spec: EncoderSpec, tower: nn.Module) -> None:
         super().__init__(spec, tower)
@@ -66,7 +66,7 @@ class WavLMEncoder(WaveformEncoder):
         return cast(Tensor, layer(hidden_ND[None], attention_mask=packing, position_bias=position_bias)[0][0])
 
     def _position_bias(self, width: int) -> Tensor:
-        """Bias HTT by distance, which all blocks share. Distances do not depend on T: a shorter one is a corner."""
+        """Bias HTT by distance, shared by all blocks. Distances do not depend on T: a smaller T is a corner of it."""
         if self._widest_bias_HTT is None or self._widest_bias_HTT.shape[1] < width:
             tower: Any = self.model
             with torch.no_grad():
@@ -78,7 +78,7 @@ def load_wavlm(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WavLMEncod
     """The frozen tower, its weights read straight into place.
 
     Raises:
-        EncoderError: the weights are damaged or do not fit the configuration.
+        EncoderError: the weights are damaged or do not match the configuration.
     """
     config = frozen_config(spec, WavLMConfig)
     tower: Any = empty_model(WavLMModel, config)

@@ -28,7 +28,7 @@ ALIASES = {
 }
 CONVOLUTIONS = (Window(kernel=3, stride=1, padding=1), Window(kernel=3, stride=2, padding=1))
 STRIDE = math.prod(window.stride for window in CONVOLUTIONS)  # frames a token
-# Sizes of the large Whisper in the names of newer families, whose towers have them: see `in_whisper_names`.
+# Sizes of the large Whisper, which newer families have under other names: see `in_whisper_names`.
 LARGE_SIZES = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -62,10 +62,10 @@ def inspect(source: EncoderSource) -> EncoderSpec:
 
 
 def in_whisper_names(config: Mapping[str, Any], positions: str) -> dict[str, Any]:
-    """The configuration of a tower whose sizes have the names of newer families, for `whisper_spec`.
+    """The configuration of a newer family's tower in Whisper's names, for `whisper_spec`.
 
     Args:
-        positions: what the family calls the largest number of positions.
+        positions: the family's name for the largest number of positions.
     """
     names = {
         "d_model": "hidden_size",
@@ -84,7 +84,7 @@ def whisper_spec(
     tower_path: str,
     pooling_windows: tuple[Window, ...] = (),
 ) -> EncoderSpec:
-    """Facts of a tower that is built like Whisper's encoder, of whatever family.
+    """Facts of a tower that is built like Whisper's encoder, of any family.
 
     Args:
         config: of the tower, in the names of Whisper's configuration.

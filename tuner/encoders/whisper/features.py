@@ -14,7 +14,7 @@ from tuner.encoders.whisper.facts import HOP, SAMPLING_RATE
 from tuner.errors import DataError, EncoderError
 
 FFT = 400  # samples of one frame
-# Below 12 frames the matrix kernels of torch round differently from those of the 30 s run; 64 leaves a margin.
+# Below 12 frames torch's matrix kernels round differently from the 30 s run; 64 leaves a margin.
 MIN_FRAMES = 64
 
 
@@ -28,7 +28,7 @@ def silence_level(features: NDArray[np.float32]) -> np.float32:
 
 
 class WhisperFeatures:
-    """Log-mel features of a clip: the frames of the 30 s window that the clip reaches, computed without the rest."""
+    """Log-mel features of a clip: only the frames of the 30 s window that it fills are computed."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         config = read_preprocessor(spec.folder) or {}
@@ -40,15 +40,15 @@ class WhisperFeatures:
             if found != value:
                 raise EncoderError(
                     f"{preprocessor_file(spec.folder)}: {name} is {found}, but this encoder reads {value}; "
-                    "fetch the model again"
+                    "download the model again"
                 )
 
     def extract(self, waveform: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
         """Log-mel frames [C, F] of mono samples [S] at 16 kHz, and the number of real frames L = ceil(S / 160).
 
-        F is what the convolutions read for the clip's tokens and one frame more, after which the 30 s window holds
-        silence alone (`silence_level`), or all frames of the window for a clip of nearly 30 s. The frames are bit for
-        bit those of the extractor's padded run.
+        F is what the convolutions read for the clip's tokens, plus one frame. After that the 30 s window holds only
+        silence (`silence_level`). For a clip of nearly 30 s, F is all frames of the window. The frames equal those of
+        the extractor's padded run bit for bit.
 
         Raises:
             DataError: the clip is empty, not mono, or longer than the window.

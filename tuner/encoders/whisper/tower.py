@@ -2,9 +2,9 @@
 
 Shapes: B clips, C mel bins, F frames, T tokens of the longest clip, N tokens of all clips, D width.
 
-Truncated, a clip gives the tokens of its real frames: the second convolution sees what the first makes of the silence
-behind them, as it does inside a 30 s window, and attention stops at the last one. This is exact for the clip (alone or
-in any batch), but another model than the original, whose padding attends: that one is `pad_to_30s`.
+A truncated clip gives the tokens of its real frames: the second convolution reads what the first makes of the silence
+after them, as inside a 30 s window, and attention stops at the last token. This is exact for the clip (alone or in any
+batch), but a different model from the original, whose padding attends: that one is `pad_to_30s`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.
 
 
 class WhisperAudioEncoder(AudioEncoder):
-    """Transformers' WhisperEncoder behind the surface of `AudioEncoder`."""
+    """Transformers' WhisperEncoder as an `AudioEncoder`."""
 
     def pad_features(self, features: Sequence[NDArray[np.float32]]) -> Tensor:
         """Batch BCF, as long as its longest clip; see `AudioEncoder.pad_features`."""
@@ -47,10 +47,10 @@ class WhisperAudioEncoder(AudioEncoder):
         return torch.from_numpy(batch).to(self.device, self.dtype)
 
     def stem(self, features_BCF: Tensor, frames_B: Tensor) -> Tensor:
-        """States BTD before block 0; T is that of the longest clip, or of 30 s where the encoder pads.
+        """States BTD before block 0; T is that of the longest clip, or of 30 s if the encoder pads.
 
-        `features_BCF` needs the frames that are read for T tokens, as `WhisperFeatures` makes them; a padding encoder
-        continues each clip to 30 s with its own silence.
+        `features_BCF` needs the frames that are read for T tokens, as `WhisperFeatures` makes them; an encoder that
+        pads continues each clip to 30 s with the clip's own silence.
         """
         tower: Any = self.model
         tokens = max(self.spec.sequence_length(frames) for frames in frames_B.tolist())
@@ -75,11 +75,11 @@ class WhisperAudioEncoder(AudioEncoder):
     def block(self, index: int, hidden_ND: Tensor, packing: Packing) -> Tensor:
         """States ND after block `index`; see `AudioEncoder.block`."""
         tower: Any = self.model
-        # The layer hands its mask on to `packed_attention` unread.
+        # The layer passes its mask to `packed_attention` unread.
         return cast(Tensor, tower.layers[index](hidden_ND[None], packing)[0])
 
     def finish(self, hidden_ND: Tensor, packing: Packing, frames_B: Tensor) -> tuple[Tensor, list[int]]:
-        """The final layer norm; of a clip padded to 30 s only its real tokens go on to pooling."""
+        """The final layer norm; if a clip was padded to 30 s, only its real tokens are pooled."""
         lengths = [self.spec.token_length(frames) for frames in frames_B.tolist()]
         clips = zip(packing.split(hidden_ND), lengths, strict=True)
         real_ND = torch.cat([tokens_TD[:length] for tokens_TD, length in clips])
@@ -95,7 +95,7 @@ def load_whisper(spec: EncoderSpec, dtype: torch.dtype, device: str) -> WhisperA
     """The frozen tower, its weights read straight into place.
 
     Raises:
-        EncoderError: the weights are damaged, quantised or do not fit the configuration.
+        EncoderError: the weights are damaged, quantised or do not match the configuration.
     """
     tower = empty_model(WhisperEncoder, WhisperConfig(**(encoder_config(spec.folder, spec.checkpoint) | NO_DROPOUT)))
     if spec.checkpoint == "ctranslate2":
