@@ -202,7 +202,7 @@ def test_shares_that_are_none(terminal: Terminal, tiny: Tiny, split: str, said: 
     [
         (["recal@10"], "did you mean recall@10?"),
         (["speed"], "give one of recall@1"),
-        (["trainable_parameters"], "costs alone"),
+        (["trainable_parameters"], "there are only costs"),
         (["recall@1", "recall@1"], "given twice"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_damaged_study(terminal: Terminal, content: str) -> None:
     (terminal.folder / "runs" / "mine").mkdir(parents=True)
     (terminal.folder / "runs" / "mine" / "study.json").write_text(content)
     message = terminal.refused("search", "--resume", "mine")
-    assert "study.json: damaged" in message
+    assert "study.json: is damaged" in message
 
 
 def test_a_full_disk_leaves_no_study(terminal: Terminal, tiny: Tiny) -> None:

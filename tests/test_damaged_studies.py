@@ -82,7 +82,7 @@ FRONTS: dict[str, tuple[Change, str]] = {
     "a trial with slashes": (point(trial="../../t0001"), "points.1.trial: "),
     "a trial with a line end": (point(trial="t0001\n"), "points.1.trial: "),
     "a baseline with slashes": (setting("baseline", "/t0000"), "baseline: "),
-    "a trial twice": (point(trial="t0000"), "a trial is there twice"),
+    "a trial twice": (point(trial="t0000"), "points has a trial twice"),
     "an unknown field of a configuration": (setting("points", 1, "config", {"lores": None}), "points.1.config.lores: "),
     "a name that a terminal would obey": (
         setting("points", 1, "config", {"\x1b[31m\u202e": None}),
@@ -145,7 +145,7 @@ def check_refused(folder: Path, file: str, field: str) -> None:
     with pytest.raises(StudyError) as raised:
         Study.open(folder)
     said = str(raised.value)
-    assert said.startswith(f"{folder / file}: damaged (") and field in said
+    assert said.startswith(f"{folder / file}: is damaged (") and field in said
     assert said.endswith(("`tuner search --resume` writes it again", "restore the file or start a new study"))
     assert len(said) < len(str(folder)) + 500
     assert said.isprintable() and said.encode()
@@ -214,7 +214,7 @@ def test_what_was_not_measured_is_no_damage(folder: Path) -> None:
 
 
 def test_a_record_of_another_storage_is_named_by_it() -> None:
-    with pytest.raises(StudyError, match=r"^s3://bucket/demo: damaged \(study: missing"):
+    with pytest.raises(StudyError, match=r"^s3://bucket/demo: is damaged \(study: missing"):
         StudyRecord.from_json(b"{}", "s3://bucket/demo")
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_event_is_counted_and_not_used(folder: Path, damage: str) -> N
 
     edit_journal(folder, last_epoch)
     study = Study.open(folder)
-    assert study.fault is not None and f"{folder / 'journal.jsonl'}: 1 of its lines are not used" in study.fault
+    assert study.fault is not None and f"{folder / 'journal.jsonl'}: skipped 1 line" in study.fault
     assert [len(trial.epochs) for trial in study.trials] == [6, 5, 6]
 
 
@@ -253,7 +253,7 @@ def test_a_line_that_is_no_event_is_counted_and_not_used(folder: Path, line: byt
     lines = (folder / "journal.jsonl").read_bytes().splitlines()
     (folder / "journal.jsonl").write_bytes(b"\n".join([*lines[:3], line, *lines[3:]]) + b"\n")
     study = Study.open(folder)
-    assert study.fault is not None and "1 of its lines are not used (1 damaged)" in study.fault
+    assert study.fault is not None and "skipped 1 line (1 damaged)" in study.fault
     assert [len(trial.epochs) for trial in study.trials] == [6, 6, 6]
 
 

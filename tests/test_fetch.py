@@ -209,7 +209,7 @@ def test_a_front_cannot_name_folders_elsewhere(study: Path, tmp_path: Path) -> N
     folder = write_copy(study, tmp_path / STUDY)
     text = (folder / "front.json").read_text()
     (folder / "front.json").write_text(text.replace('"trial": "t0001"', '"trial": "../../t0001"'))
-    with pytest.raises(StudyError, match=r"front\.json: damaged \(points\.1\.trial: .*'\.\./\.\./t0001'"):
+    with pytest.raises(StudyError, match=r"front\.json: is damaged \(points\.1\.trial: .*'\.\./\.\./t0001'"):
         choose_points(Study.open(folder))
 
 

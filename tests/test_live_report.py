@@ -170,7 +170,7 @@ def test_a_damaged_file_is_said_and_got_over(folder: Path) -> None:
     with serving(LiveReport(WatchedFolder(folder))) as server:
         (folder / "study.json").write_text("{")
         status, _, text = ask(server, "/status")
-        assert status == 503 and "study.json: damaged" in text
+        assert status == 503 and "study.json: is damaged" in text
         assert ask(server, "/content")[0] == 503
         (folder / "study.json").write_text(record)
         assert told(server, "/content")["html"]

@@ -132,10 +132,10 @@ def test_every_objective_knows_its_kind() -> None:
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (["recal@10"], r"objective recal@10: no such metric or cost; did you mean recall@10\?"),
-        (["loss"], "objective loss: no such metric or cost; give one of recall@1, "),
-        (["recall@10", "recall@10"], "objective recall@10: given twice"),
-        (["trainable_parameters"], "costs alone; add a metric to maximise"),
+        (["recal@10"], r"objective recal@10: is not a known metric or cost; did you mean recall@10\?"),
+        (["loss"], "objective loss: is not a known metric or cost; give one of recall@1, "),
+        (["recall@10", "recall@10"], "objective recall@10: is given twice"),
+        (["trainable_parameters"], "there are only costs; add a metric to maximise"),
         (["x" * 1_000_000], r"objective x{100}\.\.\.: no such"),
     ],
 )

@@ -329,7 +329,7 @@ def test_damaged_files_are_named_and_the_old_page_stays(tmp_path: Path, file: st
     folder = write_run(tmp_path / "demo")
     before = write_report(folder).read_bytes()
     (folder / file).write_text("{ torn", encoding="utf-8")
-    with pytest.raises(StudyError, match=rf"{re.escape(file)}: damaged"):
+    with pytest.raises(StudyError, match=rf"{re.escape(file)}: is damaged"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == before
     assert not list(folder.glob("*.tmp"))

@@ -249,7 +249,7 @@ def test_lists_of_a_cluster_are_text(
 def test_a_study_has_a_name_and_no_path(
     name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(StudyError, match=r"not a name; use letters, digits and|is longer than 200 bytes"):
+    with pytest.raises(StudyError, match=r"is not a valid name; begin with a letter|is longer than 200 bytes"):
         check_study_name(name)
     if not name:
         return

@@ -1,7 +1,7 @@
-"""What a study was asked for and what it found out at its start: `study.json`.
+"""The request of a study, and what the search found out at its start: `study.json`.
 
-`StudyConfig` is the request, and its defaults are those of the command line. Where Ray runs, how many lanes there are
-and which loggers write belongs to one driver, not to the study, and stands in `tuner.search.request`.
+`StudyConfig` is the request; its defaults are those of the command line. Where Ray runs, how many lanes there are and
+which loggers write belongs to one driver, not to the study: see `tuner.search.request`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ DEFAULT_SPACE = "attention_only"
 
 
 class StudyConfig(Frozen):
-    """What a search was asked for; the same config and seed give the same suggestions."""
+    """The request of a search; the same configuration and seed give the same suggestions."""
 
     study: str = Field(description="name of the study and of its folder")
     space: SearchSpace
     settings: RunSettings
     objectives: Objectives = Field(default=choose_objectives(DEFAULT_OBJECTIVES), min_length=1)
-    trials: int = Field(default=7, ge=1, description="total number of trials, those of every session together")
+    trials: int = Field(default=7, ge=1, description="total number of trials, over all sessions")
     seed: int = Field(default=0, ge=0, description="of sampler, initialisation, dropout and batches")
 
     @property
     def metric(self) -> Objective:
-        """The objective that reports speak of first."""
+        """The first objective, which reports show."""
         return self.objectives[0]
 
     def plan(self, run_dir: Path, dashboard_url: str | None = None) -> StudyStarted:
-        """The event that a search begins with."""
+        """The first event of a search."""
         return StudyStarted(
             study=self.study,
             space=self.space.name,
@@ -83,7 +83,7 @@ class DataFacts(Frozen):
 class StudyRecord(StudyConfig):
     """The content of `study.json`."""
 
-    # A later version may know more.
+    # A later version may add fields.
     model_config = ConfigDict(extra="ignore")
 
     encoder: EncoderFacts
@@ -91,7 +91,9 @@ class StudyRecord(StudyConfig):
     created: datetime
     precision: Precision | None = Field(default=None, description="the number format that the first lane chose")
     storage: str | None = Field(default=None, description="URI of the storage that keeps studies, if any")
-    sessions: int = Field(default=1, ge=1, description="drivers that have worked on it: of two copies, more is newer")
+    sessions: int = Field(
+        default=1, ge=1, description="drivers that have worked on it; of two copies, the newer has more"
+    )
 
     @classmethod
     def read(cls, folder: StudyFolder) -> Self:
@@ -102,7 +104,7 @@ class StudyRecord(StudyConfig):
         """
         path = folder.record
         if not path.is_file():
-            raise StudyError(f"{folder.path}: no study here (no {RECORD_FILE}); `tuner search` makes one")
+            raise StudyError(f"{folder.path}: no study here (no {RECORD_FILE}); `tuner search` starts one")
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -128,10 +130,10 @@ class StudyRecord(StudyConfig):
 
 
 def sessions_of(content: bytes, origin: str) -> int:
-    """How many drivers have worked on the study of this record, of which nothing else need be sound.
+    """How many drivers have worked on the study of this record; its other fields are not checked.
 
     Raises:
-        StudyError: it is damaged; `origin` names it.
+        StudyError: the record is damaged; `origin` names it in the error.
     """
     try:
         values = parse_json(content.decode("utf-8-sig"))
@@ -139,5 +141,5 @@ def sessions_of(content: bytes, origin: str) -> int:
         values = None
     sessions = values.get("sessions", 1) if isinstance(values, dict) else None
     if not isinstance(sessions, int):
-        raise StudyError(f"{origin}: damaged; restore the file or start a new study")
+        raise StudyError(f"{origin}: is damaged; restore the file or start a new study")
     return sessions

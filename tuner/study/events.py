@@ -18,9 +18,9 @@ from tuner.errors import ConfigError
 from tuner.study.objectives import KNOWN, choose_objectives
 from tuner.study.parse import parse_json
 
-# Origins of a trial: the one without LoRA and the usual advice, which every study measures, or drawn by the sampler.
+# Origins of a trial: the projection alone and the recommended LoRA, which every study measures, or the sampler.
 BASELINE, RECOMMENDED, SAMPLED = "projection_only", "recommended", "sampled"
-# Trials become names of files and folders, and an event may come from anywhere.
+# Names of trials become names of files and folders, and an event may come from an untrusted place.
 TRIAL_PATTERN = r"^t\d{4,9}$"
 EndState = Literal["complete", "stopped", "failed"]
 State = Literal["running", "complete", "stopped", "failed"]
@@ -35,12 +35,12 @@ def trial_id(number: int) -> str:
 
 
 def trial_number(trial: str) -> int:
-    """The number behind a trial's name."""
+    """The number in a trial's name."""
     return int(trial[1:])
 
 
 def finite(value: object) -> float | None:
-    """The value as a number; None for NaN, infinity and what is no number, which JSON does not have either."""
+    """The value if it is a finite number; None for anything else (JSON has neither NaN nor infinity)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -60,7 +60,7 @@ class _Event(Frozen):
 
 
 class StudyStarted(_Event):
-    """A search begins or goes on; `trials` and `epochs` are the plan."""
+    """A search starts or resumes; `trials` and `epochs` are the plan."""
 
     event: Literal["study_started"] = "study_started"
     study: str
@@ -74,7 +74,7 @@ class StudyStarted(_Event):
     @field_validator("objectives")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Views compare by them, and an event may come from another version on another machine."""
+        """Refuse unknown objectives: views compare by them, and an event may come from another version."""
         try:
             choose_objectives(names)
         except ConfigError as error:
@@ -83,7 +83,7 @@ class StudyStarted(_Event):
 
 
 class TrialStarted(_Event):
-    """A trial was given its configuration; `known` are its costs, which its configuration decides."""
+    """A trial was given its configuration; `known` has its costs, which follow from the configuration."""
 
     event: Literal["trial_started"] = "trial_started"
     trial: TrialId
@@ -93,7 +93,7 @@ class TrialStarted(_Event):
 
 
 class EpochDone(_Event):
-    """A trial was trained for one more epoch and measured on validation. A value that diverged is None."""
+    """A trial was trained for one more epoch and measured on validation. A value that is not finite is None."""
 
     event: Literal["epoch_done"] = "epoch_done"
     trial: TrialId
@@ -112,13 +112,13 @@ class EpochDone(_Event):
         return (self.train_seconds or 0.0) + (self.validation_seconds or 0.0)
 
     def metric(self, name: str) -> float:
-        """A metric, NaN where it was not measured."""
+        """A metric; NaN if it was not measured."""
         value = self.metrics.get(name)
         return math.nan if value is None else value
 
     @classmethod
     def from_row(cls, trial: str, row: Mapping[str, object]) -> Self:
-        """From the flat row that a lane measures and a checkpoint keeps.
+        """Build from the flat row that a lane measures and a checkpoint stores.
 
         Raises:
             ValidationError: the row has no epoch.
@@ -135,7 +135,7 @@ METRIC_PREFIXES = ("recall@", "audio_to_text_", "text_to_audio_")
 
 
 class TrialEnded(_Event):
-    """A trial has ended; `reason` says why it failed or was stopped."""
+    """A trial has ended; `reason` is why it failed or was stopped."""
 
     event: Literal["trial_ended"] = "trial_ended"
     trial: TrialId
@@ -144,7 +144,7 @@ class TrialEnded(_Event):
 
 
 class FrontChanged(_Event):
-    """The front of the complete trials is another one now."""
+    """The front of the complete trials has changed."""
 
     event: Literal["front_changed"] = "front_changed"
     trials: tuple[TrialId, ...]
@@ -163,7 +163,7 @@ _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator=
 
 
 class View(Protocol):
-    """Shows the events of a search in their order; a resumed study shows its past first."""
+    """Shows the events of a search in order; a resumed study shows its past first."""
 
     def show(self, event: Event) -> None: ...
 
@@ -171,7 +171,7 @@ class View(Protocol):
 
 
 def parse_line(line: str) -> dict[str, object] | None:
-    """The JSON object of a line; None where the line is none, or is torn."""
+    """The JSON object of a line; None if the line has none or is incomplete."""
     if len(line) > MAX_LINE:
         return None
     try:
@@ -182,7 +182,7 @@ def parse_line(line: str) -> dict[str, object] | None:
 
 
 def read_event(values: Mapping[str, object]) -> Event | None:
-    """The event of a JSON object; None where it is none."""
+    """The event of a JSON object; None if it is not an event."""
     try:
         return _ADAPTER.validate_python(_current_form(values))
     except (ValidationError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Every path of a study, once: in its folder here, and by the same names in a storage."""
+"""All paths of a study: in its local folder, and by the same names in a storage."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class StudyFolder:
 
     @property
     def record(self) -> Path:
-        """What the study was asked for: `StudyRecord`."""
+        """The study's request and facts: `StudyRecord`."""
         return self.path / RECORD_FILE
 
     @property
     def journal(self) -> Path:
-        """Events, a line each."""
+        """Events, one per line."""
         return self.path / JOURNAL_FILE
 
     @property
@@ -62,17 +62,17 @@ class StudyFolder:
 
     @property
     def report(self) -> Path:
-        """The page."""
+        """The HTML report."""
         return self.path / REPORT_FILE
 
     @property
     def tune(self) -> str:
-        """Name of Ray Tune's own folder in this one."""
+        """Name of Ray Tune's folder inside this one."""
         return TUNE
 
     @property
     def lanes(self) -> Path:
-        """What Ray Train keeps of the lanes."""
+        """Ray Train's folder for the lanes."""
         return self.path / LANES
 
     def checkpoint(self, trial: str) -> Path:
@@ -90,7 +90,7 @@ def checkpoint_name(trial: str) -> str:
 
 
 def checkpoint_config_name(trial: str) -> str:
-    """Path, in a storage, of the configuration that a checkpoint is of."""
+    """Path, in a storage, of the configuration that belongs to a checkpoint."""
     return f"{CHECKPOINTS}/{trial}.json"
 
 
@@ -100,15 +100,16 @@ def adapter_name(trial: str) -> str:
 
 
 def check_study_name(name: str) -> str:
-    """The name, if it can be that of a folder, a job and an actor, and cannot lead anywhere else.
+    """The name, if it is valid as the name of a folder, a job and an actor, and cannot lead out of its folder.
 
     Raises:
-        StudyError: it is too long, begins with something else than a letter or a digit, or holds another sign.
+        StudyError: it is too long, does not begin with a letter or a digit, or has a character that is not allowed.
     """
     if not _STUDY_NAME.fullmatch(name):
         shown = name if len(name) <= MAX_NAME_BYTES else f"{name[:MAX_NAME_BYTES]}..."
         raise StudyError(
-            f"study {shown!r}: not a name; use letters, digits and . _ + = @ - and begin with a letter or a digit"
+            f"study {shown!r}: is not a valid name; begin with a letter or a digit, and use only letters, digits, "
+            "spaces and . _ + = @ -"
         )
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
         raise StudyError(f"study {name[:20]}...: the name is longer than {MAX_NAME_BYTES} bytes; give a shorter one")

@@ -1,4 +1,4 @@
-"""The trials of a study as its events tell them, whatever order they come in."""
+"""The trials of a study, built from its events in any order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Trial:
         return self._count(LORA_PARAMETERS)
 
     def value(self, name: str) -> float:
-        """A cost, or a metric after the latest epoch; NaN where there is none."""
+        """A cost, or a metric after the latest epoch; NaN if there is none."""
         if name in self.known:
             return self.known[name]
         return self.last.metric(name) if self.last else math.nan
@@ -68,13 +68,13 @@ class Trial:
 class History:
     """Trials by name, kept up to date by `apply`.
 
-    Events may be repeated, missing or out of order: an epoch or an end that comes before its trial waits for it.
+    Events may be repeated, missing or out of order: an epoch or an end that comes before its trial's start is kept.
     """
 
     def __init__(self) -> None:
         self._trials: dict[str, Trial] = {}
         self._early: dict[str, list[EpochDone | TrialEnded]] = {}
-        # Views ask for the front at every event; it changes with complete trials alone.
+        # Views ask for the front at every event, but it changes only with complete trials.
         self._front: tuple[tuple[str, ...], list[Trial]] | None = None
 
     @property
@@ -84,7 +84,7 @@ class History:
 
     @property
     def unstarted(self) -> int:
-        """Events of trials whose start is not known."""
+        """Number of events of trials whose start is not known."""
         return sum(map(len, self._early.values()))
 
     def get(self, trial: str) -> Trial | None:
@@ -92,14 +92,14 @@ class History:
         return self._trials.get(trial)
 
     def apply(self, event: Event) -> None:
-        """Take one event in; those that are not of a trial change nothing."""
+        """Add one event; events that are not of a trial change nothing."""
         if isinstance(event, TrialStarted):
             self._start(event)
         elif isinstance(event, EpochDone | TrialEnded):
             self._go_on(event)
 
     def front(self, objectives: Sequence[Objective]) -> list[Trial]:
-        """The complete trials that no other complete one dominates, by number."""
+        """The complete trials that no other complete trial dominates, by number."""
         asked = tuple(objective.name for objective in objectives)
         if self._front is None or self._front[0] != asked:
             complete = [trial for trial in self.trials if trial.state == "complete"]
@@ -108,7 +108,7 @@ class History:
         return list(self._front[1])
 
     def events(self) -> Iterator[TrialEvent]:
-        """The events that lead here, trial by trial."""
+        """Events that give the same history, trial by trial."""
         for trial in self.trials:
             yield TrialStarted(trial=trial.trial, origin=trial.origin, config=trial.config, known=trial.known)
             yield from (trial.epochs[number] for number in sorted(trial.epochs))
@@ -132,7 +132,7 @@ class History:
         self._front = None
         known = self._trials.get(event.trial)
         if known is not None and known.config == event.config:
-            # It starts again after its worker or its driver died, from its checkpoint.
+            # It starts again from its checkpoint, after its worker or its driver died.
             known.state, known.reason = "running", None
             known.known = {**known.known, **event.known}
             return

@@ -1,7 +1,7 @@
 """Events on disk: `journal.jsonl`, which only grows, and `trials.parquet`, which is made from it.
 
-Each line is flushed, so a killed driver loses at most the line it was writing; a resumed trial reports its past epochs
-again, and each (trial, epoch) is written once.
+Each line is flushed, so a killed driver loses at most the line that it was writing. A resumed trial reports its past
+epochs again; each (trial, epoch) is written once.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from tuner.study.events import (
 )
 from tuner.study.folder import StudyFolder
 from tuner.study.history import Cell, History, Trial
+from tuner.study.wording import counted
 
 Row = dict[str, Cell]
 
 
 def read_history(folder: StudyFolder) -> tuple[History, str | None]:
-    """Trials as the journal has them so far, and what of it could not be used; reading changes nothing.
+    """Trials from the journal so far, and a sentence about its unusable lines, if any; the file is not changed.
 
-    A journal may have been torn by a kill or edited: what can be read counts, the rest is counted in one sentence.
+    A kill may have cut a journal's last line, or someone may have edited it: lines that cannot be read are skipped and
+    counted.
 
     Raises:
-        StudyError: the journal is there and cannot be read.
+        StudyError: the journal exists but cannot be read.
     """
     history, faults = History(), Counter[str]()
     for line in filter(None, _text(folder.journal).split("\n")):
@@ -59,7 +61,7 @@ def _text(path: Path) -> str:
     if not path.exists():
         return ""
     try:
-        # A torn line may end inside a character; a reason may hold what `splitlines` takes for an end of line.
+        # An incomplete line may end inside a character; a reason may have characters that `splitlines` splits at.
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror}); restore the file or start a new study") from None
@@ -69,28 +71,28 @@ def _sentence(path: Path, faults: Counter[str]) -> str | None:
     if not faults:
         return None
     kinds = ", ".join(f"{count} {kind}" for kind, count in faults.items())
-    return f"{path}: {faults.total()} of its lines are not used ({kinds}); the study's database decides"
+    return f"{path}: skipped {counted(faults.total(), 'line')} ({kinds}); the study's database is not affected"
 
 
 class Journal:
     """Append-only record of trials, epochs and ends.
 
     Args:
-        patience: with a disk that is full or away; by default it waits without a message.
+        patience: with a disk that is full or unreachable; by default it waits without a message.
 
     Attributes:
-        history: everything that the journal holds.
-        fault: a sentence about lines that could not be used, if there are any.
+        history: everything in the journal.
+        fault: a sentence about unusable lines, if there are any.
 
     Raises:
-        StudyError: the disk stays full or away (from every method that writes).
+        StudyError: the disk stays full or unreachable (from every method that writes).
     """
 
     def __init__(self, folder: StudyFolder, patience: Patience | None = None) -> None:
         self.folder = folder
         self.history, self.fault = read_history(folder)
         self._patience = patience or Patience(lambda text: None)
-        # Unbuffered: a buffer that failed to be written cannot say how much of it was.
+        # Unbuffered: after a failed write, a buffer does not show how much of it was written.
         self._file = folder.journal.open("ab", buffering=0)
         if folder.journal.stat().st_size and not _ends_with_newline(folder.journal):
             self._append(b"\n")
@@ -100,7 +102,7 @@ class Journal:
         self._write(event)
 
     def epoch(self, event: EpochDone) -> bool:
-        """An epoch was reported. False when it is known already."""
+        """An epoch was reported. False if it is already known."""
         trial = self.history.get(event.trial)
         known = trial is not None and event.epoch in trial.epochs
         if not known:
@@ -112,7 +114,7 @@ class Journal:
         self._write(TrialEnded(trial=trial, state=state, reason=reason))
 
     def settle(self, started: TrialStarted, state: EndState | None) -> None:
-        """Write down what the study's database knows of a trial and the journal does not.
+        """Write what the study's database knows about a trial and the journal does not.
 
         Args:
             state: how the trial ended; None while it runs.
@@ -138,7 +140,7 @@ class Journal:
         self._patience.outlast(self.folder.trials, lambda: _write_table(table, self.folder.trials))
 
     def close(self) -> None:
-        """Write the table a last time and close the file."""
+        """Write the table for the last time and close the file."""
         try:
             self.write_parquet()
         finally:
@@ -152,7 +154,7 @@ class Journal:
         rest = memoryview(line)
 
         def push() -> None:
-            # A disk that becomes full takes the beginning of a line; the rest follows when there is room.
+            # A disk that becomes full takes only the beginning of a line; the rest follows once there is room.
             nonlocal rest
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -180,7 +182,7 @@ def epoch_row(event: EpochDone) -> Row:
 
 
 def _whole(value: float) -> Cell:
-    # Operations of a large encoder do not fit into the 64 bits of a table's integers.
+    # The number of operations of a large encoder does not fit into the table's 64-bit integers.
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 

@@ -1,7 +1,7 @@
 """What a search optimises: metrics that training measures, and costs that are known before it.
 
-Every objective of this program stands in `OBJECTIVES`. A study names some of them; nothing else decides which way is
-better, on which scale values are compared, or from where a hypervolume is measured.
+All objectives are in `OBJECTIVES`; a study names some of them. No other module decides which direction is better, on
+which scale values are compared, or from which corner a hypervolume is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["measured", "known"]
 
 TRAINABLE_PARAMETERS = "trainable_parameters"
 LORA_PARAMETERS = "lora_parameters"
-# The closest name is looked for by a quadratic comparison.
+# Finding the closest name takes time quadratic in its length.
 MAX_NAME = 100
 
 
@@ -30,9 +30,9 @@ class Objective(Frozen):
     """One objective.
 
     Attributes:
-        scale: `log` where a factor matters and not a difference, as with parameters.
-        kind: `measured` by validation, or `known` from the configuration alone, before anything trains.
-        corner: the value that a hypervolume is measured from; fixed, so that those of two searches compare.
+        scale: `log` if a factor matters and not a difference, as with parameters.
+        kind: `measured` by validation, or `known` from the configuration alone, before training.
+        corner: the value that a hypervolume is measured from; fixed, so that two searches can be compared.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Objective(Frozen):
     corner: float
 
     def to_values(self) -> dict[str, JsonValue]:
-        """As study.json and front.json have it; the corner is this program's."""
+        """Plain values, as in study.json and front.json; they omit the corner, which is fixed in the code."""
         values: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"corner"})
         return values
 
     def position(self, value: float) -> float:
-        """The value on the objective's scale; a cost of zero counts as one, which has a logarithm."""
+        """The value on the objective's scale; a cost of zero counts as one, because zero has no logarithm."""
         return math.log10(max(1.0, value)) if self.scale == "log" else value
 
 
@@ -63,7 +63,7 @@ WAYS = ("audio_to_text", "text_to_audio")
 _ALL = (
     *(_metric(f"recall@{k}") for k in (1, 5, 10)),
     *(_metric(f"{way}_{name}") for way in WAYS for name in ("R@1", "R@5", "R@10", "mAP@10")),
-    # Corners lie above what anybody adapts: a thousand million parameters, or their bytes in fp32.
+    # Corners are above what anyone adapts: 1e9 parameters, or their bytes in fp32.
     _cost(TRAINABLE_PARAMETERS, 1e9),
     _cost(LORA_PARAMETERS, 1e9),
     _cost("adapter_bytes", 4e9),
@@ -87,7 +87,7 @@ def objective_named(name: str) -> Objective:
     shown = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
     near = difflib.get_close_matches(name, OBJECTIVES, n=1) if len(name) <= MAX_NAME else []
     hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(OBJECTIVES)}"
-    raise ConfigError(f"objective {shown}: no such metric or cost; {hint}")
+    raise ConfigError(f"objective {shown}: is not a known metric or cost; {hint}")
 
 
 def choose_objectives(names: Sequence[str]) -> tuple[Objective, ...]:
@@ -99,17 +99,18 @@ def choose_objectives(names: Sequence[str]) -> tuple[Objective, ...]:
     chosen = [objective_named(name) for name in names]
     repeated = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if repeated is not None:
-        raise ConfigError(f"objective {repeated}: given twice; give each objective once")
+        raise ConfigError(f"objective {repeated}: is given twice; give each objective once")
     if all(objective.kind == "known" for objective in chosen):
         raise ConfigError(
-            f"objective {', '.join(names)}: costs alone; add a metric to maximise, such as {DEFAULT_OBJECTIVES[0]}"
+            f"objective {', '.join(names)}: there are only costs; add a metric to maximise, such as "
+            f"{DEFAULT_OBJECTIVES[0]}"
         )
-    # A metric comes before a cost, whichever was named first.
+    # Metrics come before costs, in any order of the names.
     return tuple(sorted(chosen, key=lambda objective: objective.kind == "known"))
 
 
 def _read(value: object) -> object:
-    """An objective as study.json has it: by its name, which studies of version 0.1 call `metric`."""
+    """An objective in study.json: found by its name, which studies of version 0.1 call `metric`."""
     if isinstance(value, dict):
         value = value.get("name", value.get("metric"))
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The front of a set of trials and its hypervolume, by moocore. There is no other definition of either.
+"""The front of a set of trials and its hypervolume, by moocore. This is the only definition of both.
 
 Shapes: N trials, M objectives. Values are as measured; scales and the corner are the objectives' own.
 """
@@ -17,8 +17,7 @@ from tuner.study.objectives import Objective
 def front(values: ArrayLike, objectives: Sequence[Objective]) -> list[int]:
     """Indices, ascending, of the rows of `values` [N, M] that no other row dominates.
 
-    Of rows that are equal in every objective the first is kept. Rows with NaN (a trial without a result) are never on
-    the front.
+    Of equal rows the first is kept. Rows with NaN (a trial without a result) are never on the front.
 
     Raises:
         ValueError: `values` is not N x M with one column per objective.
@@ -31,9 +30,9 @@ def front(values: ArrayLike, objectives: Sequence[Objective]) -> list[int]:
 
 
 def hypervolume(values: ArrayLike, objectives: Sequence[Objective]) -> float:
-    """What `values` [N, M] dominates up to the corner of the objectives, in the product of their units.
+    """The volume that `values` [N, M] dominate up to the corner of the objectives, in the product of their units.
 
-    Costs count in decades (`Objective.position`). Rows that do not beat the corner in every objective add nothing.
+    Costs count in decades (`Objective.position`). Rows that are not better than the corner in every objective add 0.
 
     Raises:
         ValueError: as `front`.

@@ -1,4 +1,4 @@
-"""JSON that people and other machines may have edited: parsed with limits, or refused in one sentence."""
+"""JSON that people or other machines may have edited: parsed with limits, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tuner.config import describe_validation
 from tuner.errors import SpaceError, StudyError
 from tuner.redact import printable
 
-# Fits into 64 bits; nothing that a study counts comes near.
+# Fits into 64 bits; no count of a study comes near.
 MAX_DIGITS = 18
 MAX_REASON = 300
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse_json(text: str) -> object:
-    """The values of a JSON text. An integer that does not fit into 64 bits becomes infinite, which no field takes.
+    """The values of a JSON text. An integer that does not fit into 64 bits becomes infinite, which no field accepts.
 
     Raises:
-        ValueError: it is no JSON, or holds half of a surrogate pair, which no file and no terminal takes.
+        ValueError: it is not JSON, or has half of a surrogate pair, which no file or terminal accepts.
         RecursionError: it is nested too deeply.
     """
     values: object = json.loads(text, parse_int=_whole)
@@ -36,7 +36,7 @@ def parse_file(model: type[Model], content: bytes, origin: str, remedy: str) -> 
 
     Args:
         origin: names the file in errors.
-        remedy: says there what to do.
+        remedy: what to do, for the error.
 
     Raises:
         StudyError: it is damaged; names the field.
@@ -54,7 +54,7 @@ def parse_file(model: type[Model], content: bytes, origin: str, remedy: str) -> 
         reason = " ".join(str(error).split())
     if len(reason) > MAX_REASON:
         reason = f"{reason[:MAX_REASON]}..."
-    raise StudyError(f"{origin}: damaged ({printable(reason)}); {remedy}")
+    raise StudyError(f"{origin}: is damaged ({printable(reason)}); {remedy}")
 
 
 def _whole(digits: str) -> float:

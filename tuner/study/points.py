@@ -1,4 +1,4 @@
-"""The confirmed front: `front.json`, its points, and what each measured."""
+"""The confirmed front: `front.json`, its points, and the metrics of each."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Sides = Annotated[dict[str, Figure], BeforeValidator(lambda value: value or {})]
 
 
 class Scores(BaseModel):
-    """Metrics of one gallery: `recall@k` at the top, those of each direction below its name.
+    """Metrics of one gallery: `recall@k` at the top, the metrics of each direction below its name.
 
     Attributes:
-        intervals: 95 % bootstrap intervals of the flat metrics, of the test gallery alone.
+        intervals: 95 % bootstrap intervals of the flat metrics, only for the test gallery.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -50,7 +50,7 @@ class Scores(BaseModel):
         return cls.model_validate(grouped | sides)
 
     def value(self, metric: str) -> float | None:
-        """A flat metric; None where it was not measured."""
+        """A flat metric; None if it was not measured."""
         for way, side in (("audio_to_text", self.audio_to_text), ("text_to_audio", self.text_to_audio)):
             if metric.startswith(f"{way}_"):
                 return side.get(metric.removeprefix(f"{way}_"))
@@ -61,7 +61,7 @@ class Scores(BaseModel):
         return self.audio_to_text if way == "audio_to_text" else self.text_to_audio
 
     def to_values(self) -> dict[str, JsonValue]:
-        """Plain values; intervals only where there are some."""
+        """Plain values; without intervals if there are none."""
         values: dict[str, JsonValue] = self.model_dump(mode="json")
         if not self.intervals:
             del values["intervals"]
@@ -69,14 +69,14 @@ class Scores(BaseModel):
 
 
 class Difference(Frozen):
-    """A test metric minus that of the baseline, with the interval of the paired difference."""
+    """A test metric minus the baseline's, with the interval of the paired difference."""
 
     difference: float
     interval: Interval
 
 
 class Point(BaseModel):
-    """A trial that was exported and measured on test from its files."""
+    """A trial that was exported, and measured on the test gallery from its exported files."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -96,7 +96,7 @@ class Point(BaseModel):
     on_front: bool
 
     def interval(self, metric: str) -> Interval | None:
-        """The 95 % interval of a test metric, when there is one."""
+        """The 95 % interval of a test metric, if there is one."""
         return self.test.intervals.get(metric)
 
     def to_values(self) -> dict[str, JsonValue]:
@@ -106,11 +106,11 @@ class Point(BaseModel):
 
 
 class ConfirmedFront(BaseModel):
-    """The content of `front.json`: the front, and the points that every study compares with.
+    """The content of `front.json`: the front, and the reference points that every study measures.
 
     Attributes:
-        baseline: the trial that differences are taken against, if it was measured.
-        trials: how many the front was chosen from; a study may be extended later.
+        baseline: the trial that differences are relative to, if it was measured.
+        trials: number of trials that the front was chosen from; a study may be extended later.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -125,7 +125,7 @@ class ConfirmedFront(BaseModel):
     def _once(self) -> Self:
         names = [point.trial for point in self.points]
         if len(set(names)) != len(names):
-            raise ValueError("a trial is there twice")
+            raise ValueError("points has a trial twice")
         return self
 
     @property
@@ -150,8 +150,8 @@ class ConfirmedFront(BaseModel):
         front = parse_file(cls, content, str(path), REWRITE)
         for point in front.points:
             if point.adapter and not _inside(folder.path, point.adapter):
-                reason = f"adapter of {point.trial}: {point.adapter!r} lies outside the study"
-                raise StudyError(f"{path}: damaged ({reason}); {REWRITE}")
+                reason = f"adapter of {point.trial}: {point.adapter!r} is outside the study"
+                raise StudyError(f"{path}: is damaged ({reason}); {REWRITE}")
         return front
 
     def write(self, folder: StudyFolder) -> None:
@@ -171,7 +171,7 @@ class ConfirmedFront(BaseModel):
 
 
 def _inside(folder: Path, name: str) -> bool:
-    """Whether a path below a folder stays there; a front may come from anywhere, and its adapters are joined to it."""
+    """Whether a path stays below a folder; a front may come from an untrusted place, and its paths are joined to it."""
     if "\0" in name:
         return False
     # Not `Path.resolve`, which fails at links that lead to themselves.

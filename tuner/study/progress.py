@@ -1,4 +1,4 @@
-"""How far a search is: what every live view draws from."""
+"""The progress of a search, for all live views."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Progress:
         self._seconds: deque[float] = deque(maxlen=20)
 
     def apply(self, event: Event) -> None:
-        """Take one event in."""
+        """Add one event."""
         if isinstance(event, StudyStarted):
             self.plan = event
         self.history.apply(event)
         if isinstance(event, EpochDone):
             trial = self.history.get(event.trial)
-            # Without LoRA an epoch is so short that it predicts nothing of those to come.
+            # An epoch without LoRA is far shorter, so it says nothing about later ones.
             if trial is not None and trial.origin != BASELINE:
                 self._seconds.append(event.seconds)
 
     @property
     def started(self) -> StudyStarted:
-        """The plan, which every search begins with."""
+        """The plan, from the first event of a search."""
         assert self.plan is not None, "StudyStarted comes first"
         return self.plan
 
@@ -57,32 +57,32 @@ class Progress:
 
     @property
     def states(self) -> Counter[State]:
-        """How many trials are in each state."""
+        """Number of trials in each state."""
         return Counter(trial.state for trial in self.trials)
 
     @property
     def ended(self) -> int:
-        """Trials that do not run any more."""
+        """Number of trials that have ended."""
         return sum(trial.state != "running" for trial in self.trials)
 
     @property
     def epochs_total(self) -> int:
-        """Epochs if no trial ends early."""
+        """Number of epochs if no trial ends early."""
         return max(self.started.trials, len(self.trials)) * self.started.epochs
 
     @property
     def epochs_settled(self) -> int:
-        """Epochs that are done or, of a trial that ended early, never will be."""
+        """Number of epochs that are done, or that will not run because their trial ended early."""
         return sum(
             self.started.epochs if trial.state != "running" else max(trial.epochs, default=0) for trial in self.trials
         )
 
     def front(self) -> list[Trial]:
-        """The front of the complete trials, by rising number of parameters."""
+        """The front of the complete trials, by increasing number of parameters."""
         return sorted(self.history.front(self.objectives), key=lambda trial: trial.parameters or 0)
 
     def seconds_left(self) -> float | None:
-        """Median of recent epochs with LoRA, by the epochs left, over the trials side by side; None without one."""
+        """Median of recent epochs with LoRA, times the epochs left, divided by the running trials; None without one."""
         left = self.epochs_total - self.epochs_settled
         if not self._seconds or left <= 0:
             return None if left > 0 else 0.0

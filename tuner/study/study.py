@@ -1,4 +1,4 @@
-"""A study as it stands on disk, finished or running: record, trials and front, read once and typed."""
+"""A study on disk, finished or running: record, trials and front, read once and typed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tuner.study.points import ConfirmedFront
 
 @dataclass(frozen=True)
 class Study:
-    """Everything known of a study.
+    """Everything known about a study.
 
     Attributes:
-        history: trials as the journal has them.
+        history: trials from the journal.
         front: None until it is confirmed on the test gallery for all trials that the study asks for.
-        fault: a sentence about what of the journal could not be used, if anything.
+        fault: a sentence about unusable lines of the journal, if there are any.
     """
 
     folder: StudyFolder
@@ -34,7 +34,7 @@ class Study:
 
     @classmethod
     def open(cls, path: Path) -> Study:
-        """Read a study's folder; nothing is changed, also while a search writes there.
+        """Read a study's folder without changing it, also while a search writes there.
 
         Raises:
             StudyError: there is no study in the folder, or one of its files is damaged.
@@ -44,7 +44,7 @@ class Study:
         history, fault = read_history(folder)
         front = ConfirmedFront.read(folder)
         if front is not None and front.trials is not None and front.trials < record.trials:
-            # A study that was extended has the front of its first trials until the new one is confirmed.
+            # Until an extended study is confirmed again, its file has the front of fewer trials.
             front = None
         return cls(folder, record, history, front, fault)
 
@@ -55,7 +55,7 @@ class Study:
 
     @property
     def metric(self) -> Objective:
-        """The objective that the report speaks of first."""
+        """The first objective, which the report shows."""
         return self.record.metric
 
     @property
@@ -72,12 +72,12 @@ class Study:
 
     @cached_property
     def complete(self) -> list[Trial]:
-        """Trials that ran to their end."""
+        """Trials that ran all their epochs."""
         return [trial for trial in self.trials if trial.state == "complete"]
 
     @cached_property
     def on_front(self) -> set[str]:
-        """Trials on the front: the confirmed one, or else that of the complete trials so far."""
+        """Trials on the confirmed front or, before there is one, on the front of the complete trials so far."""
         if self.front is not None:
             return {point.trial for point in self.front.on_front}
         return {trial.trial for trial in self.history.front(self.record.objectives)}
@@ -89,13 +89,13 @@ class Study:
 
     @cached_property
     def searched(self) -> list[str]:
-        """Dotted paths of the configuration that took at least two values."""
+        """Dotted paths of the configuration that have at least two values."""
         settings = [trial.settings() for trial in self.measured]
         paths = dict.fromkeys(path for each in settings for path in each)
         return [path for path in paths if len({each.get(path) for each in settings} - {None}) > 1]
 
     def setting(self, trial: Trial, path: str) -> Cell:
-        """A value of a trial's configuration; modules go by the name of their target set, which is shorter."""
+        """A value of a trial's configuration; for target modules, the shorter name of their target set."""
         value = trial.settings().get(path)
         return self._target_names.get(str(value), value) if path == "lora.targets" else value
 

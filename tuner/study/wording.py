@@ -14,7 +14,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def decimals(value: float | None) -> str:
-    """Three decimals; `nan` for what diverged."""
+    """Three decimals; `nan` for a value that is not finite."""
     return "nan" if value is None else f"{value:.3f}"
 
 
@@ -46,6 +46,6 @@ def describe_config(config: TrialConfig) -> str:
 
 
 def placed(targets: str, placement: str | None) -> str:
-    """Target modules with the part of the model that has them, unless it is the tower."""
+    """Target modules, and the part of the model that has them unless it is the tower."""
     parts = {"language_model": " in the language model", "both": " in tower and language model"}
     return targets + parts.get(placement or "tower", "")
