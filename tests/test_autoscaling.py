@@ -95,7 +95,7 @@ def test_machines_come_for_a_search_and_go_when_it_has_no_work_for_them(
     cluster.until_alone()
     past = cluster.past()
     assert max(sum(nodes.values()) for nodes, _ in past) == MAX_NODES
-    waited = "waiting for a GPU: 0 of 2 lanes are up; the cluster has 0 GPUs, the autoscaler may bring 2"
+    waited = "waiting for a GPU: 0 of 2 lanes are up; the cluster has 0 GPUs, the autoscaler may add 2"
     arrivals = [text for text in grown.messages if "lanes are up" in text]
     assert arrivals[0] == waited
     assert arrivals[-1] == "2 of 2 lanes are up"

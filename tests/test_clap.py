@@ -267,5 +267,5 @@ def test_a_front_end_that_cannot_be_used(tmp_path: Path, change: dict[str, Any],
 
 
 def test_there_is_no_window_of_30_s(data: Tiny) -> None:
-    with pytest.raises(EncoderError, match="a clip always fills the window of CLAP; drop pad_to_30s"):
+    with pytest.raises(EncoderError, match="every clip fills CLAP's own window; drop pad_to_30s"):
         inspect_encoder(EncoderRef(source=data.encoder.source, pad_to_30s=True))

@@ -456,4 +456,4 @@ def test_an_encoder_without_a_language_model_is_refused(terminal: Terminal, tiny
     said = "has no language model to adapt; give tower instead of language_model"
     assert said in terminal.refused(*search, "--placement", "language_model")
     assert said in terminal.refused(*search, "--space", "placement")
-    assert "it has no path full_forward" in terminal.refused(*search, "--path", "full_forward")
+    assert "whisper has no path full_forward" in terminal.refused(*search, "--path", "full_forward")

@@ -348,7 +348,7 @@ def test_fingerprint_samples_the_middle_of_large_files(tmp_path: Path) -> None:
 def test_folders_that_are_no_encoder(folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(EncoderError, match="no weights in folder"):
+    with pytest.raises(EncoderError, match="has no weights"):
         inspect(empty)
     with pytest.raises(EncoderError, match="no such folder"):
         inspect(tmp_path / "missing")

@@ -675,8 +675,8 @@ def test_both_names_of_the_weight_norm(wav2vec2: Path, names: tuple[str, str]) -
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"add_adapter": True}, "add_adapter in config.json asks for convolutions behind the blocks"),
-        ({"conv_stride": [5, 2]}, "conv_kernel and conv_stride in config.json must be lists of one length"),
+        ({"add_adapter": True}, "add_adapter in config.json asks for convolutions after the blocks"),
+        ({"conv_stride": [5, 2]}, "conv_kernel and conv_stride in config.json must be lists of the same length"),
         ({"hidden_size": None}, "hidden_size in config.json is None"),
     ],
 )

@@ -238,7 +238,7 @@ def test_what_cannot_be_run(model: Qwen2AudioForConditionalGeneration, folder: P
         changed = Path(shutil.copytree(folder, tmp_path / next(iter(change))))
         change_text_config(changed, **change)
         inspect(changed, "audio_tower")
-        with pytest.raises(EncoderError, match="language model other than Qwen2 with full attention"):
+        with pytest.raises(EncoderError, match="is not of a Qwen2 with full attention"):
             inspect(changed)
 
 

@@ -119,12 +119,12 @@ def test_another_heads_search_is_refused_and_left_alone(place: Storage, kept: St
     clock.now, said = 0.0, list[str]()
     clock.on_sleep = lambda: other.renew() if clock.now == WATCH_SECONDS - 3 else None
     with (
-        pytest.raises(StudyError, match=rf"study {STUDY}: other-node \(pid 41\) is searching it.*`tuner stop {STUDY}`"),
+        pytest.raises(StudyError, match=rf"study {STUDY}: other-node \(pid 41\) is running it.*`tuner stop {STUDY}`"),
         only_head(STUDY, place, said.append, never),
     ):
         raise AssertionError("two heads")
     assert clock.now == WATCH_SECONDS - 3
-    assert said == [f"study {STUDY}: waiting up to 30 s to see whether its search on other-node (pid 41) lives"]
+    assert said == [f"study {STUDY}: waiting up to 30 s to see whether other-node (pid 41) is still running it"]
     assert json.loads(kept.read(LEASE_FILE) or b"")["driver"] == "theirs"
     assert kept.names() == [LEASE_FILE, "study.json"]
 
@@ -184,9 +184,9 @@ def test_a_machine_that_does_not_know_its_boot_trusts_no_pid(
 def test_a_lease_that_cannot_be_read_is_one_of_somebody(kept: Storage, clock: SimpleNamespace) -> None:
     kept.write(LEASE_FILE, b"{")
     clock.on_sleep, said = lambda: kept.write(LEASE_FILE, b"{{"), list[str]()
-    with pytest.raises(StudyError, match="another machine is searching it"):
+    with pytest.raises(StudyError, match="another machine is running it"):
         lease_of(kept, Head.here(), said.append).claim()
-    assert said == [f"study {STUDY}: waiting up to 30 s to see whether its search on another machine lives"]
+    assert said == [f"study {STUDY}: waiting up to 30 s to see whether another machine is still running it"]
     clock.on_sleep = lambda: None
     own = lease_of(kept, Head.here(), lambda text: None)
     own.claim()
@@ -204,7 +204,7 @@ def test_of_two_heads_in_one_moment_the_later_writer_stays(kept: Storage, clock:
         second._write(kept)
 
     clock.on_sleep = other_writes
-    with pytest.raises(StudyError, match=r"other-node \(pid 41\) is searching it"):
+    with pytest.raises(StudyError, match=r"other-node \(pid 41\) is running it"):
         first.claim()
     first.release()
     second.renew()
@@ -273,7 +273,7 @@ def test_a_head_hears_of_another_that_has_come_and_gone(kept: Storage, clock: Si
     own.sessions = 1
     kept.remove(LEASE_FILE)
     kept.write("study.json", b'{"sessions": 2}')
-    with pytest.raises(StudyError, match="another machine has gone on with the study"):
+    with pytest.raises(StudyError, match="another machine has continued the study"):
         own.renew()
     assert not kept.exists(LEASE_FILE)
 
@@ -370,7 +370,8 @@ def test_a_search_that_was_superseded_ends_whatever_it_waits_for(place: Storage,
             process.kill()
     assert process.returncode == 2
     sentence = (
-        "while this search was away, other-node (pid 41) has taken the study over; it goes on there, so this one ends"
+        "this search was suspended or disconnected, and other-node (pid 41) has taken the study over; "
+        "this search ends, and the study continues there"
     )
     assert said == f"tuner: study mine: {sentence}\n"
     assert json.loads(place.at("mine").read(LEASE_FILE) or b"")["driver"] == "theirs"
@@ -396,6 +397,6 @@ def test_a_resumption_is_refused_before_anything_is_brought_here(
     assert (refused.value.code, said.out) == (2, "")
     waited, sentence = said.err.splitlines()
     assert "waiting up to 5 s" in waited
-    assert sentence.startswith(f"tuner: study {STUDY}: other-node (pid 41) is searching it in {kept}; wait for it")
+    assert sentence.startswith(f"tuner: study {STUDY}: other-node (pid 41) is running it in {kept}; wait for it")
     assert not (tmp_path / "runs").exists()
     assert set(contents(tmp_path)) == {Path(kept.place) / LEASE_FILE, Path(kept.place) / "study.json"}

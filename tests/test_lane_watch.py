@@ -57,7 +57,7 @@ class Scene:
 
 def test_a_search_says_what_it_waits_for_and_what_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(monkeypatch, Capacity((HEAD,), (HEAD, NodeGroup(4, 1, 8))), 4)
-    waiting = "waiting for a GPU: 0 of 4 lanes are up; the cluster has 0 GPUs, the autoscaler may bring 8"
+    waiting = "waiting for a GPU: 0 of 4 lanes are up; the cluster has 0 GPUs, the autoscaler may add 8"
     assert scene.look() == [waiting]
     assert scene.look() == [], "once"
     scene.up = 2

@@ -229,7 +229,7 @@ def test_an_unknown_logger_is_refused_before_anything_starts(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "logger comet: no such logger; there are tensorboard, mlflow, wandb" in capsys.readouterr().err
+    assert "logger comet: is not a known logger; use tensorboard, mlflow, wandb" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

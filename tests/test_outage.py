@@ -200,7 +200,7 @@ def test_a_study_has_one_driver_and_a_killed_one_holds_nothing(tmp_path: Path) -
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(StudyError, match="study study: another process is searching it"), only_driver(run_dir):
+        with pytest.raises(StudyError, match="study study: another process is running it"), only_driver(run_dir):
             pass
     finally:
         holder.kill()

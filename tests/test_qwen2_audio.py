@@ -303,7 +303,7 @@ def test_the_nested_configuration_may_leave_out_defaults(folder: Path) -> None:
 
 
 def test_what_cannot_be_used(folder: Path) -> None:
-    with pytest.raises(EncoderError, match=r"masks what lies behind a clip.* drop pad_to_30s"):
+    with pytest.raises(EncoderError, match=r"masks the padding after a clip.* drop pad_to_30s"):
         inspect_encoder(EncoderRef(source=str(folder), pad_to_30s=True))
     missing = min(tower_shards(folder))
     (folder / missing).unlink()

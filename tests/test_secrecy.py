@@ -256,7 +256,7 @@ def test_a_study_has_a_name_and_no_path(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert run(monkeypatch, "search", "--data", tiny.store_folder, f"--study={name}") == 2
-    assert re.search("not a name|is longer than 200 bytes", capsys.readouterr().err)
+    assert re.search("is not a valid name|is longer than 200 bytes", capsys.readouterr().err)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 

@@ -520,7 +520,7 @@ def test_a_result_that_cannot_be_copied_is_said_to_be_here(server: BucketServer,
     folder = study_files(tmp_path / "study")
     refused = server.closed()
     try:
-        said = pytest.raises(StorageError, match=f"access is denied.*the result is in {folder} alone")
+        said = pytest.raises(StorageError, match=f"access is denied.*the result is only in {folder}")
         with said, mirrored(folder, server.storage("unsaid")):
             write(folder / "front.json", b"x")
             refused.__enter__()

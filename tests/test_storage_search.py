@@ -102,7 +102,7 @@ def test_a_search_keeps_everything_in_the_bucket(moved: Moved) -> None:
 
 def test_another_head_is_kept_off_while_the_first_one_searches(moved: Moved) -> None:
     """And costs it nothing: the next tests look at what the first one has done."""
-    assert " is searching it in s3://tuner/moved/study; wait for it, or end it first" in str(moved.refused)
+    assert " is running it in s3://tuner/moved/study; wait for it, or end it first" in str(moved.refused)
 
 
 def test_lanes_write_into_their_own_scratch_and_leave_nothing(moved: Moved) -> None:

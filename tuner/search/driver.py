@@ -55,8 +55,8 @@ from tuner.study.folder import adapter_name
 from tuner.study.journal import Journal
 from tuner.study.points import ConfirmedFront, Point
 
-# Not the token itself: what a terminal shows is often kept in a file.
-ASKS_FOR_TOKEN = "Ray's dashboard asks for your token: `ray get-auth-token` prints it"
+# Not the token itself: terminal output is often kept in a file.
+ASKS_FOR_TOKEN = "Ray's dashboard asks for a token; `ray get-auth-token` prints it"
 ENDS: dict[TrialState, EndState] = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "stopped",
@@ -73,19 +73,20 @@ def run_search(
     lease: HeadLease | None = None,
     stopping: StoppingRule | None = None,
 ) -> ConfirmedFront:
-    """Run (or go on with) a study and write its front and report.
+    """Run or resume a study, and write its front and report.
 
     Args:
-        lost: called on a thread when the cluster has gone, to end a process that waits for it in vain; None: Ray ends
-            it after a minute.
-        lease: on the study in its storage, held for as long as this runs; None: no other head is looked for.
-        stopping: which trials stop or pause before their last epoch; None: none does.
+        lost: called on a thread when the cluster is gone, to end a process that would wait for it; None: Ray ends the
+            process after a minute.
+        lease: on the study in its storage, held while this runs; None: other heads are not checked for.
+        stopping: which trials stop or pause before their last epoch; None: no trial does.
 
     Raises:
         StudyError: the study exists (without `resume`), no trial could be trained, or another head has taken it over.
-        StorageError: the storage is away, full or refuses access; what is on this machine is whole.
-        PlacementError, DataError, EncoderError: the request does not fit encoder or data; nothing was started.
-        KeyboardInterrupt: interrupted; the study is whole and can be resumed.
+        StorageError: the storage is unreachable, full or refuses access; the study on this machine is complete.
+        PlacementError, DataError, EncoderError: the request does not match the encoder or the data; nothing has
+            started.
+        KeyboardInterrupt: interrupted; the study is consistent and can be resumed.
     """
     store = open_store(request.config.settings.store)
     spec = inspect_encoder(request.config.settings.encoder)
@@ -116,16 +117,16 @@ def _search(
     lifeline: Lifeline,
     stopping: StoppingRule,
 ) -> ConfirmedFront:
-    # The report is drawn while lanes and Ray end: leaving `background` waits for it.
+    # The report is written while lanes and Ray end: leaving `background` waits for it.
     with ThreadPoolExecutor(1) as background, ExitStack() as cluster:
         with undone():
             dashboard_url = cluster.enter_context(connected(request.address, request.dashboard))
             cluster.enter_context(lifeline.watching())
             size = size_fleet(request.fleet, record.trials, read_capacity())
             loggers = make_loggers(request.loggers, request.folder.path)
-        # Before Ray is up there is nothing to measure with.
+        # Ray's gauges need a running Ray.
         view = MeteredView(view)
-        # A driver on a cluster's head may be asked from elsewhere where the study is.
+        # An absolute path if the driver may run on a cluster's head: its messages are read on other machines.
         run_dir = request.folder.path.resolve() if request.storage else request.folder.path
         view.show(record.plan(run_dir, dashboard_url))
         if dashboard_url and request.address is None and asks_for_token():
@@ -151,7 +152,7 @@ def _training_lengths(store: Store) -> Lengths:
 
 @contextmanager
 def _undone_unless(resume: bool, request: SearchRequest, lease: HeadLease | None) -> Iterator[None]:
-    """A new study that cannot start leaves no record: the same command must work with options that fit."""
+    """Remove the record of a new study that cannot start: the same command must work with corrected options."""
     try:
         yield
     except BaseException:
@@ -175,7 +176,10 @@ class _Search:
     stopping: StoppingRule
 
     def run(self, background: Executor) -> tuple[ConfirmedFront, Future[Path]]:
-        """Lanes load while the study's database is opened; then trials, then the front, then the report behind it."""
+        """Train the trials, confirm the front, and write the report in the background.
+
+        Lanes load while the study's database is opened.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         request, record = self.request, self.record
         with fleet(
@@ -231,7 +235,7 @@ class _Search:
         )
 
     def _settle(self, study: optuna.Study, searcher: StudySearcher) -> None:
-        """The journal of a resumed study takes over what its database knows."""
+        """Add to the journal of a resumed study what only its database knows."""
         for trial in study.get_trials(deepcopy=False):
             if "config" in trial.user_attrs:
                 started = TrialStarted.model_validate(
@@ -253,8 +257,11 @@ class _Search:
             self.view.show(Message(text=searcher.exhausted))
 
     def _note_precision(self, lanes: Fleet) -> bool:
-        """A resumed study must go on in the number format it began with, on whatever machine. False: not yet known, by
-        a coordinator that was started again."""
+        """Record the number format, which a resumed study must keep on any machine.
+
+        Returns:
+            Whether it is known; a coordinator that was started again may not know it yet.
+        """
         if self.record.precision is None:
             self.record = self.record.changed(precision=lanes.precision())
             self.patience.outlast(self.request.folder.record, lambda: self.record.write(self.request.folder))
@@ -277,7 +284,7 @@ class _Search:
             study=self.record.study,
             objectives=self.record.objectives,
             baseline=selection.baseline,
-            # Those that it was chosen from: a study may be extended, and has an older front until it has the new one.
+            # The trials that it was chosen from: an extended study has its older front until the new one is confirmed.
             trials=self.record.trials,
             points=tuple(points),
         )
@@ -287,5 +294,5 @@ class _Search:
     def _why_none(self, study: optuna.Study) -> str:
         failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         reasons = {trial.reason for trial in self.journal.history.trials}
-        why = f"each because {reasons.pop()}" if len(reasons) == 1 else f"{self.request.folder.trials} has the reasons"
+        why = f"each because {reasons.pop()}" if len(reasons) == 1 else f"see reason in {self.request.folder.trials}"
         return f"all {len(failed)} trials failed, {why}"

@@ -1,8 +1,8 @@
-"""What a search would cost, before anything trains: operations, hours, memory, disk. No torch here.
+"""Estimated cost of a search before it runs: operations, hours, memory, disk. No torch here.
 
-The configurations are those that the search itself would ask for: the fixed ones, then what its sampler draws while it
-knows no results. Which ones it draws later depends on results, so the sum is an estimate; each trial's share is exact
-to the formula of `tuner.lora.cost`.
+The configurations are the fixed ones, then the ones that the sampler draws without any results. In a search it draws
+later ones depending on results, so the sum is an estimate; the cost of each trial follows the formula of
+`tuner.lora.cost` exactly.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tuner.lora.placement import encoding_spec
 from tuner.search.request import SearchRequest, check_fit, fixed_configurations
 from tuner.search.searcher import StudySearcher
 
-# Unknown before a lane has asked its machine: the larger one, so that memory and disk are bounds.
+# `auto` is resolved only on a lane's machine: it counts as the larger format, so that memory and disk are upper bounds.
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "auto": 4}
-# A product whose operands outgrow the caches, as those of training do.
+# A matrix product whose operands are larger than the caches, as in training.
 PROBE_SIZE = 2048
 PROBE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Costs of a whole search. Operations are floating-point ones, a multiply-add counts two."""
+    """Costs of a whole search. Operations are floating-point operations; a multiply-add counts as two."""
 
     trials: int
     epochs: int
@@ -47,8 +47,8 @@ class Estimate:
     dearest_trial_flops: int
     worker_bytes: int  # weights, adapters, activations of one worker, at most
     cache_bytes: int  # prefix states on disk, at most
-    flops_per_second: float  # that one worker reaches
-    declared: bool  # whether the user said so; else a matrix product was timed here
+    flops_per_second: float  # of one worker
+    declared: bool  # whether the user gave it; else a matrix product was timed here
     lanes: int
     workers: int
 
@@ -59,12 +59,12 @@ class Estimate:
 
     @property
     def worker_hours(self) -> float:
-        """Hours of one worker, which is one GPU where there are any."""
+        """Hours of one worker, which has one GPU if there are GPUs."""
         return self.total_flops / self.flops_per_second / 3600
 
     @property
     def hours(self) -> float:
-        """Hours on the clock when lanes and workers are never idle."""
+        """Wall-clock hours if lanes and workers are never idle."""
         return self.worker_hours / (min(self.lanes, self.trials) * self.workers)
 
 
@@ -72,10 +72,10 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
     """Add up the trials of a search.
 
     Args:
-        flops_per_second: what one worker reaches in training; None times a matrix product on this machine.
+        flops_per_second: speed of one worker in training; None: time a matrix product on this machine.
 
     Raises:
-        StudyError, PlacementError, DataError, EncoderError: the request does not fit encoder or data.
+        StudyError, PlacementError, DataError, EncoderError: the request does not match the encoder or the data.
     """
     store = open_store(request.config.settings.store)
     spec = inspect_encoder(request.config.settings.encoder)
@@ -117,11 +117,11 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
 
 
 def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
-    """The configurations that a new study would start with if no trial ever ended."""
+    """The configurations that a new study would draw without any results."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, fixed = request.config, fixed_configurations()
     study = optuna.create_study(directions=[objective.direction for objective in config.objectives])
-    # Costs are asked of each trial; here nobody reads them.
+    # The searcher adds costs to each suggestion; here nothing reads them.
     searcher = StudySearcher(
         study, config.space, config.objectives, lambda trial: {}, fixed, config.trials, {}, config.seed
     )
@@ -132,7 +132,7 @@ def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
 
 
 def measured_rate() -> float:
-    """Operations a second of an fp32 matrix product in numpy on all cores of this machine, the best of a second."""
+    """Operations per second of an fp32 matrix product in numpy on all cores, the fastest within a second."""
     random = np.random.default_rng(0)
     left, right = (random.standard_normal((PROBE_SIZE, PROBE_SIZE), dtype=np.float32) for _ in range(2))
     out = np.empty_like(left)
@@ -145,9 +145,9 @@ def measured_rate() -> float:
 
 
 def _prefixes(spec: EncoderSpec, configs: Iterable[TrialConfig]) -> dict[int, TrialConfig]:
-    """One configuration for each set of frozen states, by the depth where they enter what is trained.
+    """One configuration for each set of frozen states, by the depth at which they enter the trained part.
 
-    The tower's own states serve trials that end there and trials that go on through the language model.
+    The tower's states are shared by trials that end at the tower and trials that also run the language model.
     """
     found: dict[int, TrialConfig] = {}
     for config in configs:
@@ -157,6 +157,6 @@ def _prefixes(spec: EncoderSpec, configs: Iterable[TrialConfig]) -> dict[int, Tr
 
 
 def _cached_bytes(spec: EncoderSpec, configs: Iterable[TrialConfig], every: Lengths, element: int) -> int:
-    """Size of the files of states that enter the first adapted block; trials without LoRA share those of block 0."""
+    """Bytes of the cached states that enter the first adapted block; trials without LoRA share those of block 0."""
     depths = {first_adapted(spec, config.lora) if config.lora else 0 for config in configs}
     return sum(every.tokens(spec, depth)[0] * spec.width(depth) * element for depth in depths)

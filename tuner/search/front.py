@@ -1,4 +1,4 @@
-"""From finished trials to a confirmed front: selected on validation here, exported and measured by the lanes."""
+"""From finished trials to a confirmed front: select on validation here; lanes export and measure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAIT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Selection:
-    """Trials worth a confirmation: the validation front, and the two that every search compares with."""
+    """Trials to confirm: the validation front, and the two references that every search measures."""
 
     trials: tuple[FrozenTrial, ...]
     front: frozenset[str]
@@ -31,7 +31,7 @@ class Selection:
 
 
 def select(study: optuna.Study, objectives: Sequence[Objective]) -> Selection:
-    """Choose on validation values alone."""
+    """Choose the trials by validation values only."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     chosen = set(front([trial.values for trial in complete], objectives))
     origins = [trial.user_attrs["origin"] for trial in complete]
@@ -47,14 +47,14 @@ def confirm_front(
     """Have the lanes export the selected trials and measure them from their files.
 
     Args:
-        look: called now and then until the points are there.
-        report: told when some of them are.
+        look: called from time to time until all points are measured.
+        report: called with a sentence when more points are measured.
 
     Returns:
-        The points of front.json, by rising number of trainable parameters.
+        The points of front.json, by increasing number of trainable parameters.
 
     Raises:
-        StudyError: encoder, store or disk are no longer as they were.
+        StudyError: the encoder, the store or the disk has changed or failed.
     """
     trials = [
         Candidate(
@@ -69,7 +69,7 @@ def confirm_front(
         look()
         answer = lanes.confirm(trials, WAIT_SECONDS)
         if answer.reason is not None:
-            raise StudyError(f"the front cannot be confirmed: {answer.reason}")
+            raise StudyError(f"cannot confirm the front: {answer.reason}")
         if answer.left is not None and answer.left < left:
             left = answer.left
             report(f"{len(trials) - left} of {len(trials)} trials are confirmed")
@@ -77,7 +77,7 @@ def confirm_front(
 
 
 def _compared(measured: Sequence[Measured], selection: Selection) -> list[Point]:
-    """Points beside the projection alone, whichever lanes have measured the two."""
+    """Points compared with the projection alone; different lanes may have measured the two."""
     baseline = next((each for each in measured if each.point.trial == selection.baseline), None)
     points = [
         each.point.model_copy(

@@ -1,7 +1,7 @@
-"""A search as metrics of Ray: trials, epochs, recall and front. What a lane knows is in the lanes' own gauges.
+"""A search as Ray metrics: trials, epochs, recall and front. Lanes have gauges of their own.
 
-`MeteredView` stands before the view of a terminal, so it is shown the same events, those of a resumed study's past
-included. Labels are bounded: running trials share as many slots as train at once, however many trials a study has.
+`MeteredView` wraps the terminal's view, so it gets the same events, including the past of a resumed study. The number
+of labels is bounded: running trials use as many slots as train at once, for any number of trials.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STUDY_TAGS = ("study", "space")
 
 
 class MeteredView:
-    """Passes the events of a search on to `view` and keeps Ray's gauges of it; Ray must be up before the first one."""
+    """Passes the events of a search to `view` and updates Ray's gauges; Ray must run before the first event."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -29,7 +29,7 @@ class MeteredView:
         self._best = math.nan
 
     def show(self, event: Event) -> None:
-        """Pass the event on and set the gauges that it changes."""
+        """Pass the event to the view and set the gauges that it changes."""
         self.view.show(event)
         before = self._epochs_of(event)
         self._progress.apply(event)
@@ -48,7 +48,7 @@ class MeteredView:
         self.view.close()
 
     def _start(self, plan: StudyStarted) -> None:
-        """Begin with what is planned, and nothing done."""
+        """Create the gauges, with the plan and nothing done."""
         self._tags = {"study": plan.study, "space": plan.space}
         self._trials = self._gauge("tuner_trials", "trials by state", "state")
         self._planned = (
@@ -79,7 +79,7 @@ class MeteredView:
         self._show_states()
 
     def _epoch(self, event: EpochDone, before: int) -> None:
-        """Show what the trial reached."""
+        """Show the trial's metric and loss."""
         self._epochs += max(0, event.epoch - before)
         self._epochs_done.set(self._epochs)
         value = event.metric(self._metric)
@@ -94,7 +94,7 @@ class MeteredView:
         """Free the trial's slot; a complete one may change the front."""
         slot = self._slots.pop(event.trial, None)
         if slot is not None:
-            # Ray cannot take a gauge back, and a NaN leaves a gap in the curve.
+            # Ray cannot remove a gauge's value, but a NaN leaves a gap in the curve.
             self._show_slot(slot, math.nan, math.nan)
             self._trial_number.set(math.nan, {"slot": str(slot)})
         self._show_states()
@@ -112,7 +112,7 @@ class MeteredView:
         self._hypervolume.set(hypervolume([trial.values(objectives) for trial in front], objectives))
 
     def _show_states(self) -> None:
-        # Again and again: what is set before Ray has found its agent is lost.
+        # Set at every change: values that are set before Ray has found its agent are lost.
         for gauge, planned in self._planned:
             gauge.set(planned)
         counts = self._progress.states

@@ -1,4 +1,4 @@
-"""Lanes that come and go while a search runs: the user is told whom it waits for, idle machines are let go."""
+"""Lanes that come and go while a search runs: report what it waits for, and release idle machines."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tuner.study.events import Message, View
 from tuner.study.wording import counted
 
 LOOK_SECONDS = 1.0
-# A lane that has a place needs some seconds for its imports; one that is not up after this time waits for others' work.
+# A lane with a place needs some seconds for its imports; if it is not up after this time, others occupy its place.
 START_SECONDS = 60.0
-# How often the autoscaler is asked what it could not start.
+# Time between two questions to the autoscaler about failed launches.
 ASK_SECONDS = 15.0
 
 
 class LaneWatch(tune.Callback):
-    """Looks at the lanes of a search from the driver's own thread, whenever that has a moment.
+    """Checks the lanes of a search from time to time, in the driver's own thread.
 
     Args:
         workers: of each lane.
 
     Attributes:
-        remaining: set when known: how many trials are still to be started or to end.
-        front: set when known: how many trials the front would have to confirm if the search ended now.
+        remaining: set once known: number of trials that still have to start or end.
+        front: set once known: number of trials to confirm if the search ended now.
     """
 
     def __init__(self, lanes: Fleet, size: FleetSize, workers: int, view: View) -> None:
@@ -46,15 +46,15 @@ class LaneWatch(tune.Callback):
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, object]:
-        """Tune pickles its callbacks for `Tuner.restore`, which nobody calls: the study's database is the state."""
+        """Empty: Tune pickles its callbacks for `Tuner.restore`, which is never called; the database is the state."""
         return {}
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: object) -> None:
-        """Called by Tune several times a second, whether or not anything has happened."""
+        """Called by Tune several times a second, also if nothing has happened."""
         self.look()
 
     def look(self) -> None:
-        """Tell what has changed, at most once a second."""
+        """Report what has changed, at most once a second."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -81,7 +81,7 @@ class LaneWatch(tune.Callback):
                 self._tell_once(failure)
 
     def _lacks_room(self) -> bool:
-        """Whether the nodes that were up at the start, taken or not, cannot hold all lanes."""
+        """Whether the nodes that were up at the start cannot hold all lanes, even if they were free."""
         places = count_places(self.size.capacity.present, self.size.threads, self.size.use_gpu)
         return places < self.lanes.lanes * self.workers
 
@@ -95,10 +95,10 @@ class LaneWatch(tune.Callback):
         if present:
             text += f", {free} of them free"
         possible = self.size.capacity.possible
-        return text if possible is None else f"{text}, the autoscaler may bring {max(0, count(possible) - present)}"
+        return text if possible is None else f"{text}, the autoscaler may add {max(0, count(possible) - present)}"
 
     def _let_go(self) -> None:
-        """Lanes without a trial left to train, or soon one to confirm, end: an autoscaler can take their machines."""
+        """End lanes that have no trial left to train or to confirm, so that an autoscaler can remove their machines."""
         if self.remaining is None or self.lanes.lanes == 1:
             return
         needed = math.ceil(self.remaining() / self.lanes.capacity)
@@ -116,10 +116,10 @@ class LaneWatch(tune.Callback):
 
 
 def failed_launches() -> list[str]:
-    """Machines that the autoscaler asked for in vain, with its provider's reason; autoscaler v1 does not tell."""
+    """Machines that the autoscaler could not start, with the provider's reason; autoscaler v1 does not report them."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
-    # A search does not end because nobody can say why it waits.
+    # A search must not end because the reason for its waiting is unknown.
     with suppress(ray.exceptions.RayError):
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
         return [

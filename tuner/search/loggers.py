@@ -1,8 +1,8 @@
 """`--logger`: trials in TensorBoard, MLflow or Weights & Biases, through Ray's own Tune callbacks.
 
-Those callbacks write what Tune calls a trial: a configuration with our plumbing in it, results with Tune's clock and
-host, files in a folder of Tune's. `ReadableTrials` hands them the trial as a user knows it instead: `t0007`, its
-hyperparameters by their dotted names, the metrics of its epochs, and a folder beside the study's other files.
+Those callbacks write Tune's trials: a configuration with internal keys, results with Tune's clock and host, files in
+Tune's folder. `ReadableTrials` gives them the trial as a user knows it: `t0007`, its hyperparameters by their dotted
+names, the metrics of its epochs, and a folder next to the study's other files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LoggedTrial:
     """The part of `ray.tune.experiment.Trial` that Ray's logger callbacks use."""
 
     name: str
-    trial_id: str  # W&B takes it for a run's id, unique in its project
+    trial_id: str  # W&B uses it as a run's id, which must be unique in its project
     config: dict[str, object]
     experiment_dir_name: str
     local_path: str
@@ -43,7 +43,7 @@ class LoggedTrial:
 
     @property
     def evaluated_params(self) -> dict[str, object]:
-        """What TensorBoard shows as hyperparameters."""
+        """The hyperparameters that TensorBoard shows."""
         return self.config
 
     def init_local_path(self) -> None:
@@ -55,7 +55,7 @@ class LoggedTrial:
 
 
 class TrialLogger(Protocol):
-    """What is asked of a `ray.tune.logger.LoggerCallback`, with `LoggedTrial` in place of Tune's trials."""
+    """The methods of `ray.tune.logger.LoggerCallback` that are used, with `LoggedTrial` instead of Tune's trials."""
 
     def setup(self) -> None: ...
 
@@ -69,11 +69,11 @@ class TrialLogger(Protocol):
 
 
 class ReadableTrials(tune.Callback):
-    """Passes trials on to one of Ray's logger callbacks, as `LoggedTrial`.
+    """Passes trials to one of Ray's logger callbacks, as `LoggedTrial`.
 
     Args:
-        logger: a `ray.tune.logger.LoggerCallback`, set up already.
-        folder: what it writes for a trial goes into a folder below.
+        logger: a `ray.tune.logger.LoggerCallback` that is set up.
+        folder: each trial's files go into a folder below it.
     """
 
     def __init__(self, logger: TrialLogger, study: str, folder: Path) -> None:
@@ -81,32 +81,32 @@ class ReadableTrials(tune.Callback):
         self._trials: dict[str, LoggedTrial] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        """Tune pickles its callbacks for `Tuner.restore`, which nobody calls; connections cannot be pickled."""
+        """Empty: Tune pickles its callbacks for `Tuner.restore`, which is never called; connections do not pickle."""
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
-        """Begin a run; a trial that starts again after its actor died goes on with the one it has."""
+        """Begin a run; a trial that starts again after its actor died continues its run."""
         self.logger.log_trial_start(self._logged(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: Mapping[str, object], **info: object
     ) -> None:
-        """An epoch with its metrics; a result that only says why a trial failed has none."""
+        """Log an epoch with its metrics; the result of a failed trial has none."""
         if "epoch" in result:
             event = EpochDone.from_row(trial.config["trial"], result)
             row = {**epoch_row(event), **trial.config.get("known", {})}
-            # MLflow refuses the @ of recall@10; the callbacks take the iteration for the step of a curve.
+            # MLflow refuses the @ of recall@10; the callbacks use the iteration as the step of a curve.
             named = {key.replace("@", "_at_"): value for key, value in row.items() if value is not None}
             named["training_iteration"] = event.epoch
             self.logger.log_trial_result(iteration, self._logged(trial), named)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
-        """The run ends; our trials fail with a result, not with an exception."""
+        """End the run; our trials fail with a result, not with an exception."""
         result = trial.last_result or {}
         self._end(trial, failed=bool(result.get("failed") or result.get("fatal")))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
-        """The trial's own actor died."""
+        """End the run of a trial whose actor died."""
         self._end(trial, failed=True)
 
     def on_experiment_end(self, trials: list[TuneTrial], **info: object) -> None:
@@ -128,7 +128,7 @@ class ReadableTrials(tune.Callback):
                 self.study,
                 str(self.folder / name),
             )
-            # W&B's process starts in there.
+            # W&B's process starts in this folder.
             self._trials[name].init_local_path()
         return self._trials[name]
 
@@ -137,15 +137,15 @@ def check_loggers(names: Sequence[str]) -> None:
     """Refuse a name that no logger has.
 
     Raises:
-        ConfigError: names the loggers that there are.
+        ConfigError: there is no such logger; lists the known ones.
     """
     for name in names:
         if name not in MAKERS:
-            raise ConfigError(f"logger {name}: no such logger; there are {', '.join(MAKERS)}")
+            raise ConfigError(f"logger {name}: is not a known logger; use {', '.join(MAKERS)}")
 
 
 def make_loggers(names: Sequence[str], run_dir: Path) -> list[ReadableTrials]:
-    """The callbacks of these loggers, each once, set up and ready to write.
+    """The callbacks of these loggers, each once and set up.
 
     Raises:
         ConfigError: there is no such logger, its package is not installed, or it cannot be set up.
@@ -170,7 +170,7 @@ def _make(name: str, run_dir: Path) -> ReadableTrials:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """A study that cannot start leaves nothing."""
+    """Leave nothing behind if a study cannot start."""
     with suppress(OSError):
         folder.rmdir()
 
@@ -182,13 +182,13 @@ def _tensorboard(study: str, folder: Path) -> TrialLogger:
 
 
 def _mlflow(study: str, folder: Path) -> TrialLogger:
-    importlib.import_module("mlflow")  # Ray names no package when it is missing.
+    importlib.import_module("mlflow")  # if it is missing, Ray's error does not name the package
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    # Otherwise it reports that it makes tables, and its makers that it is used.
+    # Otherwise it logs that it creates tables, and reports its use to its makers.
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # A folder's name may hold what means something in a URL.
+    # A folder's name may have characters that are special in a URL.
     own = URL.create("sqlite", database=str(folder / "mlflow.db")).render_as_string()
     place = os.environ.get("MLFLOW_TRACKING_URI", own)
     return cast(TrialLogger, MLflowLoggerCallback(tracking_uri=place, experiment_name=study))
@@ -198,7 +198,7 @@ def _wandb(study: str, folder: Path) -> TrialLogger:
     importlib.import_module("wandb")
     from ray.air.integrations.wandb import WandbLoggerCallback
 
-    # A run that takes longer to begin is lost without a message, and on a busy head a hundred may begin at once.
+    # A run that takes longer to start is lost without a message, and on a busy head a hundred may start at once.
     settings = {"init_timeout": WANDB_START_SECONDS}
     project = os.environ.get("WANDB_PROJECT", "tuner")
     make = partial(WandbLoggerCallback, project=project, group=study, settings=settings)

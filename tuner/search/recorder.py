@@ -1,4 +1,4 @@
-"""Tune's events as events of the study: written to the journal and shown in the view."""
+"""Turns Tune's events into events of the study, for the journal and the view."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tuner.study.events import EndState, EpochDone, FrontChanged, Message, Trial
 from tuner.study.journal import Journal
 from tuner.study.objectives import Objective
 
-# Rewriting the table costs a few milliseconds; more often than this nobody looks.
+# Writing the table takes a few milliseconds; nobody reads it more often than this.
 TABLE_SECONDS = 5.0
 
 
@@ -21,7 +21,7 @@ class Recorder(tune.Callback):
     """Journal and live view of one search.
 
     Args:
-        settled: called at each epoch, until it returns that it has what it needs of a first one.
+        settled: called at each epoch until it returns true.
         comes_again: whether a trial whose actor died will be suggested again.
 
     Attributes:
@@ -46,11 +46,11 @@ class Recorder(tune.Callback):
         self._front: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, object]:
-        """Tune pickles its callbacks for `Tuner.restore`, which nobody calls: the study's database is the state."""
+        """Empty: Tune pickles its callbacks for `Tuner.restore`, which is never called; the database is the state."""
         return {}
 
     def replay(self) -> None:
-        """Show what the journal of a resumed study knows."""
+        """Show the past of a resumed study, from its journal."""
         if self.journal.fault:
             self.view.show(Message(text=self.journal.fault))
         for event in self.journal.history.events():
@@ -58,7 +58,7 @@ class Recorder(tune.Callback):
         self._show_front()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
-        """Write the configuration down; Tune starts a trial again that was paused, or whose actor died."""
+        """Write the configuration to the journal; Tune restarts a trial that was paused, or whose actor died."""
         event = started(trial)
         if event.trial in self._started:
             return
@@ -74,7 +74,7 @@ class Recorder(tune.Callback):
         result: Mapping[str, object],
         **info: object,
     ) -> None:
-        """Write an epoch down, unless a resumed trial only reports its past again."""
+        """Write an epoch to the journal, unless a resumed trial only reports its past again."""
         if result.get("failed") or result.get("fatal"):
             return
         self._settled = self._settled or self.settled()
@@ -90,7 +90,7 @@ class Recorder(tune.Callback):
             self._written = time.monotonic()
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
-        """Write down how it ended: complete, failed with its reason, or stopped by the scheduler."""
+        """Write how it ended: complete, failed with its reason, or stopped by the scheduler."""
         result = trial.last_result or {}
         if result.get("fatal"):
             self.fatal = result["fatal"]
@@ -103,7 +103,7 @@ class Recorder(tune.Callback):
         """The trial's own actor died, more often than Tune starts it again or before Tune had started it."""
         name = trial.config["trial"]
         if self.comes_again(name):
-            self.view.show(Message(text=f"{name}: its trial actor died; the trial goes on from its last checkpoint"))
+            self.view.show(Message(text=f"{name}: its trial actor died; the trial resumes from its last checkpoint"))
             return
         error = trial.get_error()
         self._end(trial, "failed", f"trial actor: {type(error).__name__}" if error else "trial actor died")
@@ -113,7 +113,7 @@ class Recorder(tune.Callback):
         if self.journal.history.get(name) is None:
             # Its actor died before Tune could start it.
             self.journal.start(started(trial))
-        # Words of libraries, which may quote addresses and files; from here they go into every record and view.
+        # The reason may come from a library and quote addresses and files; from here it goes into records and views.
         reason = printable(redact(reason)) if reason else None
         self.journal.end(name, state, reason)
         self.view.show(TrialEnded(trial=name, state=state, reason=reason))
@@ -128,6 +128,6 @@ class Recorder(tune.Callback):
 
 
 def started(trial: TuneTrial) -> TrialStarted:
-    """The event that a Tune trial begins with, from what the searcher suggested."""
+    """The first event of a Tune trial, from the searcher's suggestion."""
     names = ("trial", "origin", "config", "known")
     return TrialStarted.model_validate({name: trial.config[name] for name in names})

@@ -1,4 +1,4 @@
-"""What a driver was asked to search, whether it fits encoder and data, and the study's record on disk."""
+"""The request of a driver, its check against encoder and data, and the study's record on disk."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ RECOMMENDATION = LoraSpec(
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """A study, and what one driver is told besides.
+    """A study, and the options of one driver.
 
     Attributes:
-        folder: with a storage it is this machine's own, else all nodes see it.
+        folder: with a storage it belongs to this machine, else all nodes share it.
         address: of a Ray cluster; None starts Ray inside this process.
-        storage: where studies are kept, each in a folder of its name.
+        storage: holds studies, each in a folder of its name.
     """
 
     config: StudyConfig
@@ -50,16 +50,16 @@ class SearchRequest:
 
 
 def check_fit(request: SearchRequest, spec: EncoderSpec, store: Store) -> None:
-    """Refuse what cannot work before anything starts.
+    """Refuse a request that cannot work, before anything starts.
 
     Raises:
         StudyError: the store was prepared for another encoder.
-        PlacementError: the space names a target or layer this encoder does not have.
+        PlacementError: the space has a target or layer that this encoder does not have.
         DataError: a split is missing.
     """
     if store.encoder_fingerprint != spec.features_fingerprint:
         raise StudyError(
-            f"{request.config.settings.store}: prepared for another encoder than {spec.source}; "
+            f"{request.config.settings.store}: was prepared for another encoder than {spec.source}; "
             f"run `tuner prepare` with --encoder {spec.source}"
         )
     for split in ("train", "validation", "test"):
@@ -72,14 +72,14 @@ def _count(spec: EncoderSpec, config: TrialConfig, text_dim: int) -> None:
 
 
 def path_note(spec: EncoderSpec) -> str | None:
-    """A sentence about the encoding path, before anything trains; None where it is as it was asked for."""
+    """A sentence about the encoding path, before training; None if there is nothing to report."""
     if spec.tower_path is not None:
         return None
-    return f"{spec.source}: no tower inside a larger model, the whole of it is the encoder (path {spec.path})"
+    return f"{spec.source}: the whole model is the encoder, since it has no separate tower (path {spec.path})"
 
 
 def fixed_configurations() -> dict[str, TrialConfig]:
-    """What every study measures first: the projection alone, and the strategy document's recommendation."""
+    """The trials that every study runs first: the projection alone, and the strategy document's recommendation."""
     return {BASELINE: TrialConfig(), RECOMMENDED: TrialConfig(lora=RECOMMENDATION)}
 
 
@@ -88,7 +88,7 @@ def check_new(folder: StudyFolder, storage: Storage | None = None) -> None:
 
     Raises:
         StudyError: it exists; names the command that resumes it.
-        StorageError: the storage is away, or access is denied.
+        StorageError: the storage is unreachable, or access is denied.
     """
     name, again = folder.name, "choose another name with --study"
     if folder.record.exists():
@@ -99,14 +99,14 @@ def check_new(folder: StudyFolder, storage: Storage | None = None) -> None:
 
 
 def resumed_request(folder: StudyFolder, trials: int | None, storage: Storage | None = None) -> SearchRequest:
-    """The request of an existing study; `trials` larger than before extends it.
+    """The request of an existing study; more `trials` than before extend it.
 
     Args:
-        storage: where it is fetched from unless this machine's folder is as new; None: as the record says.
+        storage: the study is downloaded from here unless this machine's folder is as new; None: the record's storage.
 
     Raises:
-        StudyError: there is no such study, its record is damaged, or it has more trials than asked for.
-        StorageError: the storage is away, or access is denied.
+        StudyError: there is no such study, its record is damaged, or it already has more trials than `trials`.
+        StorageError: the storage is unreachable, or access is denied.
     """
     storage = kept_in(folder, storage)
     if storage is not None:
@@ -114,11 +114,13 @@ def resumed_request(folder: StudyFolder, trials: int | None, storage: Storage | 
     record = StudyRecord.read(folder)
     if record.study != folder.name:
         raise StudyError(
-            f"{folder.record}: is the record of study {record.study}, in a folder named {folder.name}; "
+            f"{folder.record}: is the record of study {record.study}, but the folder's name is {folder.name}; "
             f"rename the folder to {record.study}"
         )
     if trials is not None and trials < record.trials:
-        raise StudyError(f"trials {trials}: study {folder.name} has {record.trials} already; give more, or drop it")
+        raise StudyError(
+            f"trials {trials}: study {folder.name} already has {record.trials}; give a larger number, or drop it"
+        )
     if trials is not None and trials > record.trials:
         record = record.changed(trials=trials)
         record.write(folder)
@@ -126,14 +128,14 @@ def resumed_request(folder: StudyFolder, trials: int | None, storage: Storage | 
 
 
 def kept_in(folder: StudyFolder, storage: Storage | None) -> Storage | None:
-    """The storage that an existing study is kept in, if any.
+    """The storage of an existing study, if it has one.
 
     Args:
-        storage: where it is looked for; None: as the record says.
+        storage: where to look for it; None: the record's storage.
 
     Raises:
         StudyError: there is no such study, or its record is damaged.
-        StorageError: the storage is away, or access is denied.
+        StorageError: the storage is unreachable, or access is denied.
     """
     here = storage is None or folder.record.is_file()
     own = (StudyRecord.read(folder).storage or None) if here else None
@@ -141,20 +143,20 @@ def kept_in(folder: StudyFolder, storage: Storage | None) -> Storage | None:
         return Storage.parse(own) if own is not None else None
     if storage.uri != own and not storage.at(folder.name).exists(RECORD_FILE):
         raise StudyError(
-            f"study {folder.name}: not in {storage}; give the --storage that it was started with, or drop it"
+            f"study {folder.name}: is not in {storage}; give the --storage that it was started with, or drop --storage"
         )
     return storage
 
 
 def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume: bool) -> StudyRecord:
-    """Create the study's record, or read it to go on.
+    """Create the study's record, or read it to resume the study.
 
     Raises:
-        StudyError: it exists and `resume` was not asked for, or the other way round.
+        StudyError: it exists without `resume`, or does not exist with `resume`.
     """
     if resume:
         return _reopened(request)
-    # Asked before, but minutes may have gone by since: preparing the data, or waiting for another head that began it.
+    # Checked before, but preparing the data or waiting for another head may have taken minutes since.
     check_new(request.folder, request.storage)
     counts = {name: len(store.split(name)) for name in ("train", "validation", "test")}
     record = StudyRecord(
@@ -177,7 +179,7 @@ def open_record(request: SearchRequest, spec: EncoderSpec, store: Store, resume:
     try:
         record.write(folder)
     except OSError:
-        # The same command must work once there is room again.
+        # The same command must work once there is space again.
         if created:
             folder.path.rmdir()
         raise
@@ -193,10 +195,10 @@ def _reopened(request: SearchRequest) -> StudyRecord:
 
 
 def discard_record(request: SearchRequest, lease: HeadLease | None = None) -> None:
-    """Take back `open_record` of a study that could not start; the folder goes too if nothing else is in it.
+    """Undo `open_record` of a study that could not start; the folder is removed, too, if it is empty.
 
     Args:
-        lease: what is in the storage is another head's record if that has taken the study.
+        lease: if another head has taken the study over, the record in the storage is its own and is kept.
     """
     folder = request.folder
     if request.study_storage is not None:

@@ -1,13 +1,14 @@
 """Ray Searcher over an Optuna study with any number of objectives.
 
-Ray's own OptunaSearch tells Optuna every early-stopped trial as COMPLETE, leaves trials RUNNING for ever after a NaN,
-and cannot go on with a multi-objective study. Here the study in its database is the only state: each trial carries its
-id, origin and configuration as user attributes, so a search that was killed at any moment goes on from the database
-alone, and needs no snapshot of the driver.
+Ray's own OptunaSearch reports every early-stopped trial to Optuna as COMPLETE, leaves trials RUNNING forever after a
+NaN, and cannot resume a multi-objective study. Here the study in its database is the only state: each trial has its
+origin and configuration as user attributes. So a search that was killed at any moment resumes from the database alone,
+and needs no snapshot of the driver.
 
-The sampler reads all trials several times for each suggestion, those that run again each time. With 64 of them it took
-170 ms in SQLite and takes 23 in memory, so it is asked in a copy there, and each trial is written down in one go. The
-copy numbers its trials by itself: `_in_memory` maps the study's numbers, which name trials everywhere else, to its.
+The sampler reads all trials several times for each suggestion, and running ones are read from the database each time.
+With 64 of them it took 170 ms in SQLite and takes 23 in memory. So it reads a copy in memory, and each trial is written
+to the database at once. The copy has its own numbers: `_in_memory` maps the study's numbers, which name trials
+everywhere else, to those of the copy.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ STARTUP_TRIALS = 6
 # random draws find nothing new is used up.
 SAMPLER_DRAWS, RANDOM_DRAWS = 4, 200
 
-# A trial whose own actor died so often, each time more often than Tune starts it again, has failed.
+# A trial fails if its own actor dies this often, each time more often than Tune starts it again.
 LOSSES_PER_TRIAL = 3
-# Tune's word for the end of a search, which its own annotation of `suggest` does not know.
+# Tune's value for the end of a search, which its annotation of `suggest` does not allow.
 FINISHED = cast(dict[str, object], Searcher.FINISHED)
 # And for "ask again later".
 NOT_NOW = cast(dict[str, object], None)
-# What Tune is handed for a trial, and what it hands back after an epoch.
+# The configuration that Tune gets for a trial, and the result that it returns after an epoch.
 Values = dict[str, object]
 
 
 class StudySearcher(Searcher):
-    """Suggests first what was interrupted, then the fixed configurations, then what the sampler draws.
+    """Suggests interrupted trials first, then the fixed configurations, then what the sampler draws.
 
     Args:
         study: Optuna study; one direction per objective.
@@ -54,7 +55,7 @@ class StudySearcher(Searcher):
         known: costs of a configuration by name, which are known before it trains.
         fixed: configurations that every study starts with, by origin.
         trials: total number of trials of the study, counting finished ones.
-        extra: keys added to every configuration that Tune hands to a trial.
+        extra: keys added to every configuration that Tune gives to a trial.
         seed: of the sampler and of every trial's initialisation.
 
     Attributes:
@@ -73,7 +74,7 @@ class StudySearcher(Searcher):
         extra: Mapping[str, object],
         seed: int,
     ) -> None:
-        # No metric: Tune would end the whole search at a failed trial, whose result has none.
+        # No metric: a failed trial's result has none, and Tune would end the whole search.
         super().__init__()
         self.study, self.space, self.objectives, self.known = study, space, objectives, known
         self.trials, self.extra, self.seed = trials, dict(extra), seed
@@ -91,9 +92,9 @@ class StudySearcher(Searcher):
         self._fixed = [(origin, config) for origin, config in fixed.items() if origin not in done]
 
     def _take_over(self) -> list[FrozenTrial]:
-        """Trials that a killed driver left RUNNING; those it had not yet written down are closed as failed."""
+        """Trials that a killed driver left RUNNING; those without a configuration are set to FAIL."""
         for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            # Enqueued, and killed before it was asked for: the fixed configuration is enqueued again.
+            # The driver was killed between enqueue and ask: the fixed configuration is enqueued again later.
             self.study.tell(self.study.ask().number, state=TrialState.FAIL)
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in running:
@@ -102,12 +103,12 @@ class StudySearcher(Searcher):
         return [trial for trial in running if "config" in trial.user_attrs]
 
     def __getstate__(self) -> dict[str, object]:
-        """Tune pickles its searcher for `Tuner.restore`, which nobody calls: the study's database is the state."""
+        """Empty: Tune pickles its searcher for `Tuner.restore`, which is never called; the database is the state."""
         return {}
 
     @property
     def remaining(self) -> int:
-        """How many trials are still to be started, continued, or under way."""
+        """Number of trials that run, or still have to start or resume."""
         trials = self._written_down()
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         return running if self.exhausted else running + max(0, self.trials - len(trials))
@@ -139,7 +140,7 @@ class StudySearcher(Searcher):
         return self.suggestion(trial)
 
     def suggestion(self, trial: FrozenTrial) -> Values:
-        """What Tune is handed for a trial of the study."""
+        """The configuration that Tune gets for a trial of the study."""
         config = _config_of(trial)
         return {
             "trial": trial_id(trial.number),
@@ -153,11 +154,11 @@ class StudySearcher(Searcher):
         return len(self._written_down())
 
     def _written_down(self) -> list[FrozenTrial]:
-        """Trials that got as far as their configuration, whatever became of them."""
+        """Trials that have a configuration, in any state."""
         return [trial for trial in self._model.get_trials(deepcopy=False) if "config" in trial.user_attrs]
 
     def _start(self) -> FrozenTrial | None:
-        # Drawn once: where the database is full or away, the next call writes what this one could not.
+        # Draw only once: if the database cannot be written, the next call writes this trial.
         self._drawn = self._drawn or self._draw()
         if self._drawn is None:
             space = self.space.name
@@ -167,14 +168,14 @@ class StudySearcher(Searcher):
             return None
         self.study.add_trial(self._drawn)
         drawn, self._drawn = self._drawn, None
-        # No other driver writes to this study, so the database numbers on from what this one has seen.
+        # No other driver writes to this study, so the database's next number is the count of trials so far.
         written = copy(drawn)
         written.number = len(self._in_memory)
         self._in_memory[written.number] = drawn.number
         return written
 
     def _draw(self) -> FrozenTrial | None:
-        """A trial that is RUNNING in memory, and not yet in the database; None where the space has nothing new."""
+        """A trial that is RUNNING in memory and not yet in the database; None if the space has no new one."""
         if self._fixed:
             origin, config = self._fixed.pop(0)
             trial = self._ask_for(config)
@@ -215,13 +216,13 @@ class StudySearcher(Searcher):
         return None
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
-        """Epochs are kept by the recorder; Optuna allows no intermediate values with several objectives."""
+        """Do nothing: the recorder keeps epochs, and Optuna allows no intermediate values with several objectives."""
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, object] | None = None, error: bool = False) -> None:
-        """Tell the study: COMPLETE only for a trial that ran to its end, PRUNED for a stopped one, else FAIL.
+        """Set the trial's state: COMPLETE only if it ran all its epochs, PRUNED if it was stopped, else FAIL.
 
-        A trial that met a fatal failure of the whole search stays RUNNING, so that resuming trains it; so does one
-        whose own actor died, which is suggested again: nothing was wrong with the trial.
+        If the whole search failed, the trial stays RUNNING, so that `--resume` trains it. If only its own actor died,
+        it stays RUNNING, too, and is suggested again: nothing was wrong with the trial.
         """
         number = self._numbers.get(trial_id)
         if number is None or (result and result.get("fatal")):
@@ -254,14 +255,14 @@ class StudySearcher(Searcher):
         return True
 
     def _values(self, number: int, result: Mapping[str, object]) -> list[float]:
-        """One value per objective: measured in this epoch, or known of the configuration."""
+        """One value per objective: measured in this epoch, or known from the configuration."""
         trial = self._model.get_trials(deepcopy=False)[self._in_memory[number]]
         known = self.known(_config_of(trial))
         epoch = EpochDone.from_row(trial_id(number), result)
         return [known[o.name] if o.kind == "known" else epoch.metric(o.name) for o in self.objectives]
 
     def _tell(self, number: int, values: list[float] | None, state: TrialState) -> None:
-        """Tell the database and, once it knows, the model."""
+        """Write the end to the database first, then to the copy in memory."""
         self.study.tell(number, values, state=state)
         self._model.tell(self._in_memory[number], values, state=state)
 
@@ -273,7 +274,7 @@ class StudySearcher(Searcher):
 
 
 def _copy_in_memory(study: optuna.Study) -> optuna.Study:
-    """The same trials without a database: what the sampler reads, several times for each suggestion."""
+    """The same trials in memory, for the sampler, which reads them several times for each suggestion."""
     model = optuna.create_study(directions=study.directions)
     model.add_trials(study.get_trials(deepcopy=False))
     return model
@@ -292,11 +293,11 @@ def _identity(config: TrialConfig) -> str:
 def make_sampler(seed: int, number: int, attempt: int = 0) -> optuna.samplers.BaseSampler:
     """Multivariate, grouped TPE (Bergstra et al. 2011; multi-objective: Ozaki et al. 2022, doi:10.1613/jair.1.13188).
 
-    Its random numbers depend on the study's seed and the trial's number alone: a resumed study draws what the
-    uninterrupted one would have drawn, and never the same startup points twice.
+    Its random numbers depend only on the study's seed and the trial's number: a resumed study draws the same as an
+    uninterrupted one, and never the same startup points twice.
 
     Args:
-        attempt: how often this trial was drawn already; the later attempts are random.
+        attempt: how often this trial has been drawn already; later attempts are random.
     """
     seed = (seed * 1_000_003 + number + attempt * 15_485_863) % 2**32
     if attempt >= SAMPLER_DRAWS:

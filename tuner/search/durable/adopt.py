@@ -1,8 +1,8 @@
-"""Trials that a study's database does not know, though they have begun to leave checkpoints.
+"""Trials that have checkpoints in the storage, but are missing in the study's database.
 
-A head that is lost takes the last seconds of its database with it. What it had begun meanwhile is written into the
-study again under its old number, as still running: the searcher hands it out first, and a lane goes on from its
-checkpoint, which tells all of its epochs again, or only tells them if the trial was finished.
+If a head is lost, the last seconds of its database are lost, too. Trials that started in that time are written into the
+study again under their old numbers, as still running. The searcher suggests them first, and a lane resumes them from
+their checkpoints, which report all of their epochs again; a finished trial only reports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tuner.study.events import SAMPLED
 def adopt(
     study: optuna.Study, space: SearchSpace, fixed: Mapping[str, TrialConfig], configs: Mapping[int, TrialConfig]
 ) -> None:
-    """Write the trials of these configurations into the study, unless it knows them.
+    """Add trials with these configurations to the study, unless it has them.
 
     Args:
         fixed: configurations that every study starts with, by origin.
@@ -33,10 +33,10 @@ def adopt(
             _complete(study, known[number], attributes)
             continue
         for _ in range(len(known), number):
-            # Begun, and lost before its first checkpoint: its number is used up.
+            # It was lost before its first checkpoint; its number is not used again.
             study.add_trial(create_trial(state=TrialState.FAIL))
         params = space.params_of(config)
-        # Inside the space the sampler learns from it, as it would have.
+        # If it is in the space, the sampler learns from it, as from any trial.
         asked = FixedTrial(params or {})
         if params is not None:
             space.sample(asked)
@@ -58,7 +58,7 @@ def _origin(config: TrialConfig, fixed: Mapping[str, TrialConfig]) -> str:
 
 
 def _complete(study: optuna.Study, known: FrozenTrial, attributes: Mapping[str, str]) -> None:
-    """A trial that was being written down when the database was copied."""
+    """Complete a trial that was only partly in the database when it was copied."""
     if known.state == TrialState.RUNNING and "config" not in known.user_attrs:
         trial = optuna.trial.Trial(study, known._trial_id)
         for name, value in attributes.items():

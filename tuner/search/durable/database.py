@@ -1,4 +1,4 @@
-"""The study's database, which waits for its disk instead of ending a search."""
+"""The study's database, which waits for its disk instead of ending the search."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 
 class PatientStorage(RDBStorage):
-    """Optuna's SQLite storage; a full disk, a locked file, a file server that is away are waited out.
+    """Optuna's SQLite storage that waits while the disk is full, the file locked or a file server unreachable.
 
-    Each of its calls is one transaction, rolled back when it fails, so it can be made again.
+    Each of its calls is one transaction, rolled back when it fails, so it can be repeated.
 
     Raises:
-        StudyError: the disk stays full or away (from every call).
+        StudyError: the disk stays full or unreachable (from every call).
     """
 
     def __init__(self, path: Path, patience: Patience) -> None:
         self._path, self._patience = path.resolve(), patience
-        # A folder's name may hold what means something in a URL.
+        # A folder's name may have characters that are special in a URL.
         url = URL.create("sqlite", database=str(self._path)).render_as_string()
         patience.outlast(self._path, lambda: RDBStorage.__init__(self, url), (OperationalError,))
 
@@ -41,7 +41,7 @@ def _patient(call: Callable[Concatenate[PatientStorage, P], T]) -> Callable[Conc
             try:
                 return call(storage, *arguments, **options)
             except StorageInternalError as error:
-                # Optuna gives a full disk and a value that is too long the same name.
+                # Optuna raises the same error for a full disk and for a value that is too long.
                 raise (error.__cause__ or error) from None
 
         return storage._patience.outlast(storage._path, attempt, (OperationalError,))
@@ -49,7 +49,7 @@ def _patient(call: Callable[Concatenate[PatientStorage, P], T]) -> Callable[Conc
     return waiting
 
 
-# What a search asks of it, through Optuna's cache of finished trials.
+# The methods that a search calls, through Optuna's cache of finished trials.
 for _name in (
     "create_new_study",
     "get_study_id_from_name",

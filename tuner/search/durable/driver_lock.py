@@ -1,4 +1,4 @@
-"""One driver a study: two that wrote the same journal and checkpoints would spoil both."""
+"""One driver per study: two drivers would corrupt its journal and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tuner.errors import StudyError
 
 @contextmanager
 def only_driver(run_dir: Path) -> Iterator[None]:
-    """Keep other drivers off a study. A driver that is killed holds nothing: the kernel keeps the lock.
+    """Keep other drivers of this machine away from a study. The kernel frees the lock of a killed driver.
 
     Raises:
         StudyError: another process is searching it.
     """
-    # Beside the folder, which a study that cannot start leaves empty.
+    # Next to the folder, not in it: a study that cannot start must leave the folder empty.
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.with_name(f".{run_dir.name}.lock")
     lock = FileLock(path)
@@ -26,11 +26,11 @@ def only_driver(run_dir: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise StudyError(
-            f"study {run_dir.name}: another process is searching it in {run_dir}; wait for it, or end it first"
+            f"study {run_dir.name}: another process is running it in {run_dir}; wait for it, or end it first"
         ) from None
     try:
         yield
     finally:
-        # While it is held: whoever has opened it meanwhile finds that it has lost its name, and does not take it.
+        # Remove it while it is held: a process that opened it meanwhile sees that it is removed, and does not take it.
         path.unlink(missing_ok=True)
         lock.release()

@@ -1,14 +1,14 @@
-"""One live head a study that is kept in a storage: whoever searches it says so there, and goes on saying so.
+"""One running head per study in a storage: the head keeps a lease there and renews it.
 
-`driver_lock` keeps two drivers of one machine apart; two machines share nothing but the storage. So a head keeps a
-lease there, `driver.json`: who it is, and a count that it raises every few seconds. Another one that finds it watches
-the count by its own clock, since those of two machines differ. A count that moves is a search that lives, and the other
-one refuses; one that stands still is a head that is gone, and the study is taken over. A head that was away for so long
-(asleep, cut off) then finds a lease that is not its own, and ends.
+`driver_lock` separates two drivers of one machine; two machines share only the storage. So a head keeps a lease there,
+`driver.json`: its identity, and a count that it raises every few seconds. Another head that finds the lease watches the
+count with its own clock, because the clocks of two machines differ. If the count changes, the search is running, and
+the other head refuses. If it does not change, the head is gone, and the other takes the study over. A head that was
+asleep or disconnected for that long then finds a lease that is not its own, and ends.
 
 Through pyarrow, object stores have no compare-and-swap, so the lease alone does not exclude two heads that start in the
-same second. Each reads it once more a moment after it has written it: the later writer stays, the other one refuses.
-Where even that overlaps, at most some seconds' copies are mixed: the next renewal reads before it writes.
+same second. Each reads it once more a moment after writing it: the later writer stays, the other one refuses. If even
+that overlaps, copies of at most a few seconds are mixed: the next renewal reads before it writes.
 """
 
 from __future__ import annotations
@@ -33,22 +33,21 @@ from tuner.study.folder import RECORD_FILE
 LEASE_FILE = "driver.json"
 RENEW_SECONDS = 5.0
 POLL_SECONDS = 1.0
-# Six renewals: a head whose machine is busy, or whose storage stutters, is not dead.
+# Six renewals: a head with a busy machine or a slow storage is not dead.
 WATCH_SECONDS = 30.0
-# For whoever has read just before we wrote to write as well.
+# Time for a head that read just before we wrote to write its lease, too.
 SETTLE_SECONDS = 1.0
-# The next renewal tries again anyway; and an end should not wait for a storage that is away.
+# The next renewal tries again anyway, and an ending search should not wait for an unreachable storage.
 RENEW_PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
 class Head:
-    """A driver, as others know it.
+    """The identity of a driver.
 
     Attributes:
-        machine: where a pid means the same process: this boot of a kernel, and the name space of its pids; "" where
-            that cannot be told.
-        driver: random; no other driver has it, wherever and whenever it runs.
+        machine: where a pid means the same process: this boot of the kernel, and its pid namespace; "" if unknown.
+        driver: random; no other driver has the same.
     """
 
     host: str
@@ -63,7 +62,7 @@ class Head:
 
     @classmethod
     def parse(cls, content: bytes) -> Head | None:
-        """The head that has written this lease; None where it cannot be read."""
+        """The head that wrote this lease; None if it cannot be parsed."""
         try:
             values = json.loads(content)
             return cls(str(values["host"]), str(values["machine"]), int(values["pid"]), str(values["driver"]))
@@ -75,7 +74,7 @@ class Head:
         return f"{self.host} (pid {self.pid})"
 
     def gone(self) -> bool:
-        """Whether it is known to have ended: it ran here, and no process has its pid. Of another machine's, nothing."""
+        """Whether it has surely ended: it ran on this machine and no process has its pid. False for other machines."""
         if not self.machine or (self.host, self.machine) != (socket.gethostname(), _machine()):
             return False
         try:
@@ -83,7 +82,7 @@ class Head:
         except ProcessLookupError:
             return True
         except OSError:
-            # Somebody else's, which is there.
+            # The process exists and belongs to another user.
             return False
         return False
 
@@ -91,7 +90,7 @@ class Head:
 def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        # Containers of one machine have pids of their own each, and perhaps one host name.
+        # Containers of one machine each have their own pids, and may have the same host name.
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
@@ -102,11 +101,11 @@ class HeadLease:
 
     Args:
         storage: the study's folder in it.
-        say: told, in one line, what is being waited for.
-        head: whose; by default this process.
+        say: called with one line about what it waits for.
+        head: the owner of the lease; by default this process.
 
     Attributes:
-        sessions: how many drivers have worked on the study, this one counted; None before that is known.
+        sessions: number of drivers that have worked on the study, with this one; None until it is known.
     """
 
     def __init__(self, study: str, storage: Storage, say: Callable[[str], None], head: Head | None = None) -> None:
@@ -116,11 +115,11 @@ class HeadLease:
         self._renewals = 0
 
     def claim(self) -> None:
-        """Take the study, after a while if there is a lease of which nobody knows whether its head still lives.
+        """Take the study; if another head's lease exists, first wait to see whether that head is running.
 
         Raises:
-            StudyError: another head is searching it; nothing has been written.
-            StorageError: the storage is away or full, or access is denied.
+            StudyError: another head is running it; nothing has been written.
+            StorageError: the storage is unreachable or full, or access is denied.
         """
         content = self.storage.read(LEASE_FILE)
         if content is not None and not ((other := Head.parse(content)) and other.gone()):
@@ -132,37 +131,37 @@ class HeadLease:
             raise self._refusal(content)
 
     def check(self, patience: float | None = None) -> None:
-        """Make sure that no other head has taken the study over; to be asked before anything is put there.
+        """Make sure that no other head has taken the study over; call it before every upload.
 
         Args:
-            patience: seconds for which a fault of the storage is tried again; None: the storage's own.
+            patience: seconds for which a fault of the storage is retried; None: the storage's own.
 
         Raises:
-            StudyError: one has, since this head could not renew its lease for long.
-            StorageError: as `claim`; it says nothing of the lease.
+            StudyError: another head has taken it over, because this one could not renew its lease for too long.
+            StorageError: as `claim`; the lease may still be this head's.
         """
         storage = self.storage if patience is None else self.storage.patient(patience)
         content = storage.read(LEASE_FILE)
         other = None if content is None or self._is_own(content) else Head.parse(content)
         if other is not None:
             raise StudyError(
-                f"study {self.study}: while this search was away, {other} has taken the study over; it goes on there, "
-                "so this one ends"
+                f"study {self.study}: this search was suspended or disconnected, and {other} has taken the study "
+                "over; this search ends, and the study continues there"
             )
-        # Removed by hand, or by another head that has taken it over and has ended since: that one has counted itself.
+        # Removed by hand, or by another head that took it over and has ended: that head has raised `sessions`.
         if content is None and self.sessions is not None and sessions_in(storage) > self.sessions:
             raise StudyError(
-                f"study {self.study}: while this search was away, another machine has gone on with the study, so this "
-                f"one ends; `tuner search --resume {self.study}` begins with what that one has left"
+                f"study {self.study}: this search was suspended or disconnected, and another machine has continued "
+                f"the study; this search ends, and `tuner search --resume {self.study}` continues from there"
             )
 
     def renew(self) -> None:
-        """Show that this head lives; raises as `check`."""
+        """Show that this head is running; raises as `check`."""
         self.check(RENEW_PATIENCE)
         self._write(self.storage.patient(RENEW_PATIENCE))
 
     def release(self) -> None:
-        """Remove the lease if it is still this head's. What cannot be removed now is found to be dead later."""
+        """Remove the lease if it is still this head's. If that fails, others will see that it is no longer renewed."""
         storage = self.storage.patient(RENEW_PATIENCE)
         with suppress(StorageError):
             content = storage.read(LEASE_FILE)
@@ -170,14 +169,14 @@ class HeadLease:
                 storage.remove(LEASE_FILE)
 
     def _watch(self, content: bytes) -> None:
-        """Return once the head that has written this is gone.
+        """Return once the head that wrote this is gone.
 
         Raises:
-            StudyError: it lives.
+            StudyError: it is running.
         """
         whom = Head.parse(content) or "another machine"
-        self.say(f"study {self.study}: waiting up to {WATCH_SECONDS:.0f} s to see whether its search on {whom} lives")
-        # Counted in answers: as long as the storage is away, the other head cannot renew its lease either.
+        self.say(f"study {self.study}: waiting up to {WATCH_SECONDS:.0f} s to see whether {whom} is still running it")
+        # Counted in successful reads: while the storage is unreachable, the other head cannot renew its lease either.
         for _ in range(math.ceil(WATCH_SECONDS / POLL_SECONDS)):
             time.sleep(POLL_SECONDS)
             latest = self.storage.read(LEASE_FILE)
@@ -197,16 +196,16 @@ class HeadLease:
     def _refusal(self, content: bytes) -> StudyError:
         whom = Head.parse(content) or "another machine"
         return StudyError(
-            f"study {self.study}: {whom} is searching it in {self.storage}; wait for it, or end it first (`tuner stop "
-            f"{self.study}` where it is a job of a cluster, else Ctrl-C there)"
+            f"study {self.study}: {whom} is running it in {self.storage}; wait for it, or end it first (`tuner stop "
+            f"{self.study}` if it is a job of a cluster, else Ctrl-C there)"
         )
 
 
 def sessions_in(storage: Storage) -> int:
-    """How many drivers have worked on the study that is kept here; 0 where there is none, or its record is damaged.
+    """How many drivers have worked on the study in this storage; 0 if there is none, or its record is damaged.
 
     Raises:
-        StorageError: the storage is away, or access is denied.
+        StorageError: the storage is unreachable, or access is denied.
     """
     content = storage.read(RECORD_FILE)
     if content is None:
@@ -221,16 +220,16 @@ def sessions_in(storage: Storage) -> int:
 def only_head(
     study: str, storage: Storage | None, say: Callable[[str], None], superseded: Callable[[str], None]
 ) -> Iterator[HeadLease | None]:
-    """Keep heads on other machines off a study; None, and nothing is done, where it is in no storage.
+    """Keep heads on other machines away from a study; without a storage it does nothing and yields None.
 
     Args:
-        storage: where studies are kept, each in a folder of its name.
-        say: told what is being waited for.
+        storage: holds studies, each in a folder of its name.
+        say: called with one line about what it waits for.
         superseded: called on a thread with a sentence when another head has taken the study over; should end the
-            process, of which nothing more may reach the storage.
+            process, which must not write to the storage any more.
 
     Raises:
-        StudyError: another head is searching it.
+        StudyError: another head is running it.
         StorageError: the storage is away or full, or access is denied.
     """
     if storage is None:
@@ -255,7 +254,7 @@ def _keep(lease: HeadLease, ended: threading.Event, superseded: Callable[[str], 
         try:
             lease.renew()
         except StorageError:
-            # Away for everybody, or for this head alone: then another one may take over, and the next turns tell.
+            # If it fails only for this head, another one may take over; a later turn will notice.
             continue
         except StudyError as error:
             superseded(str(error))

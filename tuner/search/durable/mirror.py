@@ -1,8 +1,8 @@
-"""A study in a storage: its files go there while it runs, and a new head goes on from them.
+"""A study in a storage: its files are copied there while it runs, and a new head resumes from them.
 
-The run folder is the driver's own. Behind the search, a thread copies what has changed; lanes upload checkpoints by
-themselves (`lanes/files.py`). What a lost head had not copied yet is told again by the checkpoints: they carry their
-history, and the configuration beside each says of which trial it is.
+The run folder belongs to the driver. A background thread copies what has changed; lanes upload checkpoints themselves
+(`lanes/files.py`). What a lost head had not copied yet is restored from the checkpoints: each has its history, and next
+to it is its trial's configuration.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tuner.study.folder import (
 
 MIRROR_SECONDS = 5.0
 CONFIG_FILE = re.compile(r"t(\d+)\.json")
-# The next turn tries again anyway; and a search that ends badly should not wait for minutes to say so.
+# The next turn tries again anyway, and a failed search should not wait for minutes before it reports its error.
 SHORT_PATIENCE = 5.0
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,10 @@ class Mirror:
     """Copies the files of a study that have changed since the last time.
 
     Args:
-        lease: of the head that searches the study, asked before each upload.
+        lease: of the head that runs the study, checked before each upload.
     """
 
-    # The journal after the database: a trial that the database calls finished then has its reason in the journal.
+    # The journal after the database: if the database has the end of a trial, the journal then has its reason.
     FILES = (RECORD_FILE, DATABASE_FILE, JOURNAL_FILE, TRIALS_FILE, FRONT_FILE, REPORT_FILE)
 
     def __init__(self, run_dir: Path, storage: Storage, lease: HeadLease | None = None) -> None:
@@ -57,7 +57,7 @@ class Mirror:
         """Upload every file that has changed.
 
         Raises:
-            StorageError: the storage is away or full for longer than `patience` (None: its own), or access is denied.
+            StorageError: the storage fails for longer than `patience` (None: its own), or access is denied.
             StudyError: another head has taken the study over.
             sqlite3.Error: the database is busy for longer than SQLite waits.
         """
@@ -88,11 +88,11 @@ def snapshot(database: Path, target: Path) -> Path:
 
 @contextmanager
 def mirrored(run_dir: Path, storage: Storage | None, lease: HeadLease | None = None) -> Iterator[None]:
-    """Keep the storage's copy of a study a few seconds behind, and whole at the end; without a storage, nothing.
+    """Copy a study to its storage every few seconds, and completely at the end; without a storage do nothing.
 
     Raises:
-        StorageError: it cannot be written at the start, or not at the end.
-        StudyError: another head has taken the study over; its files stay as they are.
+        StorageError: the storage cannot be written at the start or at the end.
+        StudyError: another head has taken the study over; its files are not changed.
     """
     if storage is None:
         yield
@@ -105,7 +105,7 @@ def mirrored(run_dir: Path, storage: Storage | None, lease: HeadLease | None = N
         yield
     except BaseException:
         _join(thread, ended)
-        # Whatever ended the search is what the user must hear of.
+        # The user must see the error that ended the search, not one of the copy.
         with suppress(StorageError, StudyError, sqlite3.Error):
             mirror.copy(SHORT_PATIENCE)
         raise
@@ -113,7 +113,7 @@ def mirrored(run_dir: Path, storage: Storage | None, lease: HeadLease | None = N
     try:
         mirror.copy()
     except StorageError as error:
-        raise StorageError(f"{error}; until then the result is in {run_dir} alone") from None
+        raise StorageError(f"{error}; until then the result is only in {run_dir}") from None
 
 
 def _follow(mirror: Mirror, ended: threading.Event) -> None:
@@ -123,11 +123,11 @@ def _follow(mirror: Mirror, ended: threading.Event) -> None:
             mirror.copy(SHORT_PATIENCE)
             behind = False
         except StudyError:
-            # The lease's own thread, or the last copy, says so.
+            # The lease's own thread or the last copy reports it.
             return
         except (StorageError, sqlite3.Error) as error:
             if not behind:
-                logger.warning("the study's copy is behind: %s", error)
+                logger.warning("the study's copy in the storage is not up to date: %s", error)
             behind = True
 
 
@@ -137,10 +137,10 @@ def _join(thread: threading.Thread, ended: threading.Event) -> None:
 
 
 def fetch_study(run_dir: Path, storage: Storage) -> None:
-    """Bring a study's files here, unless those here are as new: a copy on which more drivers have worked is newer.
+    """Download a study's files, unless the local ones are as new: the copy with more sessions is newer.
 
     Raises:
-        StorageError: the storage is away, or access is denied.
+        StorageError: the storage is unreachable, or access is denied.
     """
     content = storage.read(RECORD_FILE)
     theirs = sessions_of(content, f"{storage}/{RECORD_FILE}") if content is not None else 0
@@ -148,7 +148,7 @@ def fetch_study(run_dir: Path, storage: Storage) -> None:
     ours = sessions_of(record.read_bytes(), str(record)) if record.is_file() else 0
     if theirs <= ours:
         return
-    # The record comes last: without it, this folder holds no study and all is fetched again.
+    # The record comes last: without it the folder is not a study, and everything is downloaded again.
     (run_dir / RECORD_FILE).unlink(missing_ok=True)
     names = set(storage.names())
     for name in (*(name for name in Mirror.FILES if name != RECORD_FILE), RECORD_FILE):
@@ -158,7 +158,7 @@ def fetch_study(run_dir: Path, storage: Storage) -> None:
 
 
 def checkpointed(storage: Storage, known: Collection[int] = ()) -> Mapping[int, TrialConfig]:
-    """Configurations of the trials that have begun to leave checkpoints, by number; raises as `Storage.upload`.
+    """Configurations of the trials that have a checkpoint, by number; raises as `Storage.upload`.
 
     Args:
         known: numbers of trials whose configuration need not be read.
