@@ -211,7 +211,7 @@ def test_a_taken_port_is_one_sentence(folder: Path) -> None:
         taken.bind((LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"^port {port}: .*; give another one, or 0"):
+        with pytest.raises(ConfigError, match=f"^port {port}: .*; give another port, or 0"):
             LiveReport(WatchedFolder(folder), port)
 
 

@@ -120,7 +120,7 @@ def test_answer_admits_what_the_test_gallery_does_not_show(tmp_path: Path) -> No
     assert "interval contains zero" in headline(Study.open(folder))[1]
     loss = {"recall@10": {"difference": -0.02, "interval": [-0.03, -0.01]}}
     edit_points(folder, **{best: {"test_vs_baseline": loss}})
-    assert "did not hold on test" in headline(Study.open(folder))[1]
+    assert "worse on test" in headline(Study.open(folder))[1]
     edit_points(folder, t0000={"validation": {"recall@10": 0.99}})
     assert headline(Study.open(folder)) == [
         "No LoRA configuration was better than the projection alone in recall@10 on validation."
@@ -287,7 +287,7 @@ def test_front_of_a_running_search_is_computed_from_complete_trials(tmp_path: Pa
 
 def test_page_of_a_running_search(tmp_path: Path) -> None:
     parsed = Page(write_report(write_run(tmp_path / "demo", front=False, trials=6)).read_text(encoding="utf-8"))
-    assert "The search has ended 5 of the 6 trials it has started." in parsed.text
+    assert "5 of 6 started trials have ended." in parsed.text
     assert "over the projection alone" in parsed.text and "Points to choose from" not in parsed.text
     assert len(parsed.charts["front"]["layer"]) == 2
 
@@ -367,7 +367,7 @@ def test_browser_draws_every_chart_without_a_network(finished: Path, page: Page,
     command += ["--disable-background-networking", f"--user-data-dir={tmp_path}", "--virtual-time-budget=8000"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", (finished / "report.html").as_uri()]
     drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert "could not be drawn" not in drawn.split("<script")[0]
+    assert "Cannot draw this chart" not in drawn.split("<script")[0]
     assert len(re.findall(r"<svg[^>]*class=\"marks\"", drawn)) == len(page.charts)
 
 

@@ -1,4 +1,4 @@
-"""What a study found, in words: what LoRA is worth here, and the smallest adapter that is as good as the best."""
+"""The result of a study in words: the gain of LoRA, and the smallest adapter that is as good as the best."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from tuner.study.study import Study
 
 
 def headline(study: Study) -> list[str]:
-    """Two or three sentences; on the test gallery when the front is confirmed, else on validation so far.
+    """Two or three sentences; on the test gallery if the front is confirmed, else on validation so far.
 
-    The best point is chosen on validation; its test metrics only report what it is worth.
+    The best point is chosen on validation; test metrics are only reported.
     """
     return _so_far(study) if study.front is None else _confirmed(study.front, study.metric.name)
 
@@ -21,7 +21,7 @@ def best_point(points: list[Point], metric: str) -> Point:
 
 def _so_far(study: Study) -> list[str]:
     ended = sum(trial.state != "running" for trial in study.trials)
-    progress = f"The search has ended {ended} of the {len(study.trials)} trials it has started."
+    progress = f"{ended} of {len(study.trials)} started trials have ended."
     metric = study.metric.name
     finished = [trial for trial in study.measured if trial.state == "complete"]
     if not finished:
@@ -34,7 +34,7 @@ def _so_far(study: Study) -> list[str]:
     if baseline is not None and baseline in finished and best is not baseline:
         gain, alone = best.value(metric) - baseline.value(metric), baseline.value(metric)
         sentences.append(f"That is {gain:+.3f} over the projection alone ({alone:.3f}).")
-    return [*sentences, progress, "The test gallery is read once, when the search has ended."]
+    return [*sentences, progress, "The test gallery is read once, after the last trial."]
 
 
 def _confirmed(front: ConfirmedFront, metric: str) -> list[str]:
@@ -59,10 +59,10 @@ def _worth(best: Point, metric: str) -> list[str]:
     gain = f"{worth.difference:+.3f} {metric} [{low:+.3f}, {high:+.3f}]"
     sentence = f"LoRA is worth {gain} over the projection alone, at {size}."
     if low <= 0 <= high:
-        return [sentence, "The interval contains zero: this test gallery does not tell the two apart."]
+        return [sentence, "The interval contains zero: the difference is not significant on this test gallery."]
     if worth.difference > 0:
         return [sentence]
-    return [sentence, "That is a loss: what validation chose did not hold on test."]
+    return [sentence, "That is a loss: the point that was best on validation is worse on test."]
 
 
 def _smallest(best: Point, points: list[Point], metric: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Charts of a study as Vega-Lite specifications, made with Altair, which is imported only when one is drawn."""
+"""Charts of a study as Vega-Lite specifications, made with Altair, which is imported only for drawing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Vega-Lite's own form, which Altair checks.
 Spec = dict[str, Any]  # type: ignore[explicit-any]
 
-# Hues after Okabe and Ito, told apart by color-blind readers, at a lightness that reads on white and on near-black.
+# Hues after Okabe and Ito, which color-blind readers can distinguish, readable on white and on near-black.
 ROLES = {"front": "#2a8fd0", "projection only": "#e06c1a", "recommended": "#12a37a", "other trial": "#9a9a9a"}
 SHAPES = {"front": "circle", "projection only": "diamond", "recommended": "square", "other trial": "circle"}
 MAX_CURVES = 200
@@ -32,7 +32,7 @@ MARGIN = 0.05
 
 
 def all_charts(study: Study) -> dict[str, Spec]:
-    """Specifications by place on the page; what has no data yet is left out."""
+    """Specifications by place on the page; charts without data are omitted."""
     charts: dict[str, Spec] = {}
     if study.measured:
         charts["front"] = front_chart(study).to_dict()
@@ -42,7 +42,7 @@ def all_charts(study: Study) -> dict[str, Spec]:
         for index, path in enumerate(study.searched):
             charts[f"dimension-{index}"] = dimension_chart(study, path).to_dict()
     for spec in charts.values():
-        # The only address in a specification; the page must not name any.
+        # The page must not have any address, and this is the only one in a specification.
         spec.pop("$schema", None)
     return charts
 
@@ -103,7 +103,7 @@ def _test_layers(study: Study, x: alt.X) -> list[alt.Chart]:
 
 
 def curves_chart(study: Study) -> Drawing:
-    """Validation metric after each epoch, a line per trial; the latest trials when there are very many."""
+    """Validation metric after each epoch, a line per trial; only the latest trials if there are very many."""
     import altair as alt
 
     values = [
@@ -125,7 +125,7 @@ def curves_chart(study: Study) -> Drawing:
 
 
 def dimension_chart(study: Study, path: str) -> Drawing:
-    """The metric against one searched value; names and flags side by side, numbers on the space's own scale."""
+    """The metric against one searched value: names and flags as categories, numbers on the space's own scale."""
     import altair as alt
 
     trials = [trial for trial in study.measured if study.setting(trial, path) is not None]
@@ -150,7 +150,7 @@ def dimension_chart(study: Study, path: str) -> Drawing:
 
 
 def progress_chart(study: Study) -> Drawing:
-    """How the search advanced: hypervolume after each complete trial."""
+    """Progress of the search: hypervolume after each complete trial."""
     import altair as alt
 
     objectives = study.record.objectives
@@ -172,13 +172,13 @@ def progress_chart(study: Study) -> Drawing:
 
 
 def _reached(study: Study) -> list[float]:
-    """Hypervolume of the first n complete trials; with a single objective that is the best value."""
+    """Hypervolume of the first n complete trials; for a single objective, the best value."""
     values = [trial.values(study.record.objectives) for trial in study.complete]
     return [hypervolume(values[: n + 1], study.record.objectives) for n in range(len(values))]
 
 
 def save_front_svg(study: Study, path: Path) -> None:
-    """Draw the front of a study as an SVG file for other documents, whole or not at all."""
+    """Write the front of a study as an SVG file for other documents; the file is complete or not changed."""
     import vl_convert
 
     spec = front_chart(study).properties(width=640).to_dict()
@@ -220,7 +220,7 @@ def _number(name: str, form: str) -> alt.Tooltip:
 
 
 def _value_scale(study: Study) -> alt.Scale:
-    """As wide as the values; of a single one, which would have no width, some of what lies around it."""
+    """A scale as wide as the values; around a single value, which has no width, with a margin."""
     import altair as alt
 
     values = {trial.value(study.metric.name) for trial in study.measured}
@@ -231,7 +231,7 @@ def _value_scale(study: Study) -> alt.Scale:
 
 
 def _count_axis(last: int) -> alt.Axis:
-    """Whole numbers from 1 on, not more of them than can be read; by itself Vega puts ticks between and rounds them."""
+    """Ticks at whole numbers from 1, not too many; Vega's own ticks are fractions that it rounds."""
     import altair as alt
 
     return alt.Axis(values=list(range(1, last + 1, max(1, math.ceil(last / MAX_TICKS)))), format="d")

@@ -1,4 +1,4 @@
-"""The report page: one HTML file with its charts, scripts and styles inside, which opens without a network."""
+"""The report page: one HTML file that includes its charts, scripts and styles, and opens without a network."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def write_report(run_dir: Path) -> Path:
 
 
 def save_page(study: Study, path: Path, elsewhere: bool = False) -> None:
-    """Write the page of a study as one file, which is whole or as it was before; `elsewhere` as in `render`."""
+    """Write the page of a study; the file is complete or not changed. `elsewhere` as in `render`."""
     write_text(path, render(study, elsewhere))
 
 
 def render(study: Study, elsewhere: bool = False, live: str | None = None) -> str:
-    """The page as text. Everything that comes from files is escaped: names and captions may hold markup.
+    """The page as text. Everything from files is escaped, because names and captions may have markup.
 
     Args:
-        elsewhere: the study is on a cluster, from which `tuner export` brings the adapters.
-        live: the version of the study that is shown, for a page that asks its server for newer ones.
+        elsewhere: the study is on a cluster; `tuner export` downloads its adapters.
+        live: the version of the study, for a page that asks its server for newer versions.
     """
     page = _page(study, elsewhere)
     library = _library() if page.charts or live is not None else ""
@@ -61,14 +61,14 @@ def render(study: Study, elsewhere: bool = False, live: str | None = None) -> st
 
 @dataclass(frozen=True)
 class Content:
-    """What of a page changes while the search runs: the markup between its scripts, and its charts by place."""
+    """The part of a page that changes while the search runs: its markup, and its charts by place."""
 
     html: str
     charts: dict[str, Spec]
 
 
 def render_content(study: Study, elsewhere: bool = False) -> Content:
-    """The part of the page that a live one takes in place of what it shows."""
+    """The new content of a live page."""
     page = _page(study, elsewhere)
     return Content(_environment().get_template(CONTENT).render(vars(page)), page.charts)
 
@@ -98,7 +98,7 @@ def _environment() -> Environment:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the table of points; what was not measured is None."""
+    """A row of the table of points; values that were not measured are None."""
 
     point: Point
     kind: str
@@ -113,7 +113,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Page:
-    """What the templates draw."""
+    """The values of the templates."""
 
     study: Study
     elsewhere: bool
@@ -146,7 +146,7 @@ def _page(study: Study, elsewhere: bool) -> _Page:
 
 @cache
 def _library() -> str:
-    """Vega-Embed with all that it needs, 0.9 MB; bundling takes over a second and the page is written many times."""
+    """Vega-Embed with its dependencies, 0.9 MB; cached, since bundling takes over a second."""
     import vl_convert
 
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))

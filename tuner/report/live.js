@@ -1,4 +1,4 @@
-// Asks for the search's state and takes the new content in; `charts`, `draw` and `first` are the page's.
+// Polls the state of the search and shows new content; `charts`, `draw` and `first` are defined in the page.
 const bar = document.getElementById("live"), content = document.getElementById("content");
 const POLL_MS = 2000;
 let shown = bar.dataset.version;
@@ -14,12 +14,12 @@ async function get(path) {
   return answer.json();
 }
 
-// What the reader has opened and scrolled to stays so.
+// Keeps opened details and scroll positions.
 async function take(fresh) {
   const opened = [...content.querySelectorAll("details[open] > summary")].map(summary => summary.textContent);
   const sideways = [...content.querySelectorAll(".wide")].map(table => table.scrollLeft);
   const place = window.scrollY;
-  // An emptied page would be too short to stay where it is.
+  // Without a height, the emptied page would be too short for its scroll position.
   content.style.minHeight = content.offsetHeight + "px";
   content.innerHTML = fresh.html;
   for (const summary of content.querySelectorAll("details > summary"))
@@ -40,7 +40,7 @@ async function poll() {
     ended = state.ended && state.version === shown;
     say(state.text, ended ? "ended" : "running");
   } catch (error) {
-    say(error instanceof TypeError ? "`tuner report --live` does not answer; this page is as it last was"
+    say(error instanceof TypeError ? "`tuner report --live` does not answer; this page shows the last state"
       : error.message, "unreachable");
   }
   if (!ended) setTimeout(poll, POLL_MS);

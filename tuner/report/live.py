@@ -1,4 +1,4 @@
-"""What a running search shows: a live table in a terminal, plain lines in a log, or JSON lines for programs."""
+"""Views of a running search: a live table in a terminal, plain lines in a log, or JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PlainView:
     def _epoch(self, event: EpochDone) -> None:
         progress = self._progress
         if progress.plan is None:
-            # The search ran elsewhere, and another process wrote into the line that said the plan.
+            # In a job's log, another process may have written into the line with the plan.
             self._line(f"{event.trial} epoch {event.epoch} loss {decimals(event.loss)} [{event.seconds:.1f} s]")
             return
         measured = f"loss {decimals(event.loss)} {progress.metric} {decimals(event.metric(progress.metric))}"
@@ -79,7 +79,7 @@ class PlainView:
         self._line(f"{event.trial} {epoch} {measured} [{event.seconds:.1f} s] {outlook}")
 
     def _line(self, text: str) -> None:
-        # A reason may span lines, a log has one event a line. Flushed: a pipe would hold lines back for minutes.
+        # A reason may have several lines, but a log has one event per line. Without flush, a pipe delays lines.
         print(" ".join(text.split()), file=self._out, flush=True)
 
 
@@ -99,14 +99,14 @@ class JsonView:
 
 
 class Tally:
-    """A view that shows nothing and keeps the progress; `events` counts those that changed it."""
+    """A view that shows nothing and keeps the progress; `events` counts the events that change it."""
 
     def __init__(self) -> None:
         self.progress = Progress()
         self.events = 0
 
     def show(self, event: Event) -> None:
-        """Take the event in."""
+        """Add the event."""
         self.progress.apply(event)
         self.events += not isinstance(event, Message)
 

@@ -1,4 +1,4 @@
-"""The report page of a study while it runs, served to this machine's own browser: three GET requests on loopback."""
+"""Serves the report page of a running study to a browser on this machine: three GET requests on loopback."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tuner.report.watch import Watched
 from tuner.study.study import Study
 
 LOOPBACK = "127.0.0.1"
-# What a browser on this machine, or at the other end of a tunnel, calls this server. A page of another site whose name
-# was made to point here (DNS rebinding) comes under its own name.
+# Names of this server for a browser on this machine or at the other end of a tunnel. Another site's page whose name was
+# made to point here (DNS rebinding) uses its own name.
 OWN_NAMES = frozenset({LOOPBACK, "localhost"})
 HEADERS = {
     "Cache-Control": "no-store",
@@ -32,10 +32,10 @@ Answer = tuple[str, str]  # content type and text
 
 
 class LiveReport(ThreadingHTTPServer):
-    """The page, its content alone, and the state of the search, at `url`; `serve_forever` until `shutdown`.
+    """Serves the page, its content alone, and the state of the search at `url`; `serve_forever` until `shutdown`.
 
     Args:
-        port: on loopback; 0 takes a free one.
+        port: on loopback; 0 takes any free port.
 
     Raises:
         ConfigError: the port is taken.
@@ -50,20 +50,20 @@ class LiveReport(ThreadingHTTPServer):
             "/status": self._status,
             "/content": self._content,
         }
-        # Charts are computed once, however many pages are open.
+        # Charts are computed once for all open pages.
         self._drawing = threading.Lock()
         self._content_drawn: tuple[str, Answer] | None = None
         try:
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
-            raise ConfigError(f"port {port}: {error.strerror}; give another one, or 0 for any that is free") from None
+            raise ConfigError(f"port {port}: {error.strerror}; give another port, or 0 for any free port") from None
 
     @property
     def url(self) -> str:
         return f"http://{LOOPBACK}:{self.server_port}/"
 
     def handle_error(self, request: socket | tuple[bytes, socket], client_address: object) -> None:
-        """A browser that went away in mid-answer is no fault; anything else is a bug and keeps its traceback."""
+        """Ignore a browser that closed the connection; anything else is a bug and keeps its traceback."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -85,7 +85,7 @@ class LiveReport(ThreadingHTTPServer):
             return self._content_drawn[1]
 
     def _newest(self) -> tuple[str, Study]:
-        # The version first: what comes while the study is read is drawn again.
+        # The version first: changes while the study is read then make a new version.
         version = self.watched.status().version
         return version, self.watched.study()
 
@@ -95,16 +95,19 @@ def _json(values: Mapping[str, object]) -> Answer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Any other method than GET is refused by the base class."""
+    """Answers GET; the base class refuses all other methods."""
 
     server: LiveReport
-    # Says neither which Python nor which server this is.
+    # Do not report the versions of Python and of the server.
     server_version, sys_version = "tuner", ""
 
     def do_GET(self) -> None:
-        """One of the three, for a browser that came here by this machine's own name."""
+        """Send one of the three answers, if the browser uses this machine's own name."""
         if _hostname(self.headers.get("Host", "")) not in OWN_NAMES:
-            self._send(HTTPStatus.FORBIDDEN, ("text/plain; charset=utf-8", "this page is for this machine alone"))
+            self._send(
+                HTTPStatus.FORBIDDEN,
+                ("text/plain; charset=utf-8", "only this machine may read this page; open it as localhost"),
+            )
             return
         page = self.server.pages.get(urlsplit(self.path).path)
         if page is None:
@@ -113,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             status, answer = HTTPStatus.OK, page()
         except TunerError as error:
-            # A file that is being replaced, a head that is away: the page asks again.
+            # A file is being replaced, or a head does not answer: the page asks again.
             status, answer = HTTPStatus.SERVICE_UNAVAILABLE, ("text/plain; charset=utf-8", str(error))
         self._send(status, answer)
 
@@ -127,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """A request each two seconds is nothing to tell."""
+        """Log nothing: a page sends a request every two seconds."""
 
 
 def _hostname(host: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The live view of a search in a terminal, drawn with rich; imported only when one is there."""
+"""The live view of a search in a terminal, drawn with rich; imported only if there is a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tuner.study.progress import Progress
 from tuner.study.wording import counted, decimals, describe_config, describe_points, describe_time
 
 STATE_STYLES = {"running": "cyan", "complete": "green", "stopped": "yellow", "failed": "red"}
-# Lines of the terminal that the rows of the two tables cannot have.
+# Lines of the terminal that are not rows of the two tables.
 FURNITURE = 10
 FRONT_ROWS = 6
 MIN_ROWS = 3
@@ -35,11 +35,11 @@ class RichView:
         self._progress.apply(event)
         match event:
             case StudyStarted():
-                # Drawn by events alone: a refresh thread would take time from training on small machines.
+                # Drawn only at events: a refresh thread would take time from training on small machines.
                 self._live = Live(self._draw(), console=self._console, auto_refresh=False, vertical_overflow="crop")
                 self._live.start()
             case Message():
-                # As text: messages hold brackets that rich would take for markup.
+                # As text: rich would read brackets in messages as markup.
                 self._console.print(Text(event.text))
             case TrialEnded(reason=str()):
                 self._console.print(Text(f"{event.trial} {event.state}: {event.reason}"))
@@ -61,14 +61,14 @@ class RichView:
         counts = f"{progress.ended} of {counted(plan.trials, 'trial')} ended, {describe_points(len(front))}"
         status = Text(f"{counts}, {describe_time(progress.seconds_left())}", "bold")
         footer = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        # A progress bar ends no line of its own, so it shares one with the counts.
+        # A progress bar does not end its line, so it shares one with the counts.
         footer.add_column(no_wrap=True)
         footer.add_column(ratio=1)
         footer.add_row(status, ProgressBar(total=max(1, progress.epochs_total), completed=progress.epochs_settled))
         return Group(title, self._trials_table(), self._front_table(front[-FRONT_ROWS:]), footer)
 
     def _trials_table(self) -> Table:
-        """Running trials and, as far as the terminal is high, the latest of the ended ones."""
+        """Running trials and, if the terminal has room, the latest ended trials."""
         metric, trials = self._progress.metric, self._progress.trials
         table = Table("trial", "configuration", expand=True, box=None, header_style="dim")
         for column in ("parameters", "epoch", "loss", metric, "state"):

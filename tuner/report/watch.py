@@ -1,4 +1,4 @@
-"""A study that may still be running, as a live page sees it: how far it is, and what there is to draw."""
+"""A study that may still be running, for a live page: its progress, and its data to draw."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tuner.study.study import Study
 
 @dataclass(frozen=True)
 class Status:
-    """Where a study is.
+    """The progress of a study.
 
     Attributes:
-        version: another one means that there is something new to draw.
-        ended: nothing new will come.
+        version: changes when there is something new to draw.
+        ended: whether it will not change any more.
         text: a line for people.
     """
 
@@ -28,28 +28,28 @@ class Status:
 
 
 class Watched(Protocol):
-    """A study in a folder here, or on a cluster. Both calls may come from several threads.
+    """A study in a local folder, or on a cluster. Both methods may be called from several threads.
 
     Attributes:
-        elsewhere: the study is on a cluster, from which `tuner export` brings the adapters.
+        elsewhere: the study is on a cluster; `tuner export` downloads its adapters.
     """
 
     elsewhere: bool
 
     def status(self) -> Status:
-        """Quick; asked every few seconds by each open page."""
+        """The progress; must be quick, since each open page asks every few seconds."""
         ...
 
     def study(self) -> Study:
-        """What to draw, at least as new as the last version."""
+        """The study to draw, at least as new as the last version."""
         ...
 
 
 class WatchedFolder:
-    """A study in a folder that this machine sees.
+    """A study in a local folder.
 
     Raises:
-        StudyError: there is no study in the folder; later also from both calls, when one of its files is damaged.
+        StudyError: there is no study in the folder; later also from both methods, if one of its files is damaged.
     """
 
     elsewhere = False
@@ -59,7 +59,7 @@ class WatchedFolder:
         self._seen: tuple[str, Study] = (self._version(), Study.open(folder))
 
     def status(self) -> Status:
-        """From the journal, which has each epoch as it ends."""
+        """The progress, from the journal, which has each epoch as soon as it ends."""
         version, study = self._read()
         ended = study.front is not None
         outcome = (
@@ -70,13 +70,13 @@ class WatchedFolder:
         return Status(version, ended, f"{outcome}, last change at {self._changed()}")
 
     def study(self) -> Study:
-        """The study as it is on disk."""
+        """The study on disk."""
         return self._read()[1]
 
     def _read(self) -> tuple[str, Study]:
         version = self._version()
         if version != self._seen[0]:
-            # Read after the version was taken: what is written meanwhile makes another one.
+            # Read after the version: changes in between then make a new version.
             self._seen = (version, Study.open(self.folder))
         return self._seen
 
