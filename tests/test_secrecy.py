@@ -271,7 +271,7 @@ def test_a_job_has_no_path_for_a_name(
 ) -> None:
     given = ("--address", "http://head:8265", "--data", "/d", "--runs", "/r", option, "../x")
     assert run(monkeypatch, "search", *given) == 2
-    assert "study '../x': not a name" in capsys.readouterr().err
+    assert "study '../x': is not a valid name" in capsys.readouterr().err
     assert head.submitted == []
 
 

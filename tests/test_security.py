@@ -267,14 +267,14 @@ def test_plain_types_of_arrows_own_are_read() -> None:
 def test_yaml_runs_nothing(tmp_path: Path, mark: Path, text: str) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(text.format(mark=mark))
-    raises(ConfigError, "space.yaml: not valid YAML .*could not determine a constructor", lambda: read_yaml(path))
+    raises(ConfigError, "space.yaml: is not valid YAML .*could not determine a constructor", lambda: read_yaml(path))
 
 
 @pytest.mark.parametrize("text", ["? [a]\n: 1", "? {a: 1}\n: 1", "&a [*a]: 1"])
 def test_keys_that_cannot_be_keys_are_one_sentence(tmp_path: Path, text: str) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(text)
-    raises(ConfigError, "space.yaml: not valid YAML", lambda: read_yaml(path))
+    raises(ConfigError, "space.yaml: is not valid YAML", lambda: read_yaml(path))
 
 
 def test_yaml_that_is_written_holds_plain_values() -> None:
