@@ -106,7 +106,8 @@ def _known_modules(value: object, target_sets: TargetSets) -> object:
     if value not in target_sets and value not in modules:
         hint = nearest(value, [*target_sets, *sorted(modules)])
         raise SpaceError(
-            f"has {near.shown(value)}, which is neither a target set nor a module of one{hint}; declare it under target_sets"
+            f"has {near.shown(value)}, which is neither a target set nor a module of one{hint}; "
+            "declare it under target_sets"
         )
     return resolve_modules(value, target_sets)
 

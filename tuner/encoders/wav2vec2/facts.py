@@ -53,7 +53,8 @@ def inspect(source: EncoderSource) -> EncoderSpec:
     for field, part in _UNKNOWN_PARTS.items():
         if config.get(field):
             raise EncoderError(
-                f"{folder}: {field} in config.json asks for {part}, which tuner does not support; use another checkpoint"
+                f"{folder}: {field} in config.json asks for {part}, which tuner does not support; "
+                "use another checkpoint"
             )
     read_settings(folder)
     layers = positive(config, "num_hidden_layers", folder)
