@@ -103,7 +103,7 @@ def test_each_epoch_is_something_new_to_draw(folder: Path) -> None:
         content = told(server, "/content")
         assert content["version"] == first["version"]
         assert "t0000" in content["html"] and "0.250" in content["html"]
-        assert {"front", "curves", "progress"} <= content["charts"].keys()
+        assert {"front", "curves"} <= content["charts"].keys()
         assert told(server, "/status") == first, "nothing new, nothing to draw"
         journal.end("t0000", "failed", "loss became <b>nan</b>")
         assert told(server, "/status")["text"].startswith("1 of 3 trials ended, 2 of 6 epochs")
