@@ -503,7 +503,7 @@ def test_the_path_says_where_the_tower_is(made: Made) -> None:
     spec, case = made.spec, made.case
     if case.feature_channels == 1:
         assert (spec.path, spec.tower_path) == ("full_forward", None)
-        assert "the whole of it is the encoder (path full_forward)" in str(path_note(spec))
+        assert "since it has no separate tower (path full_forward)" in str(path_note(spec))
         asked = EncoderRef(source=str(made.folder), path="full_forward")
         assert inspect_encoder(asked) == spec
         return
