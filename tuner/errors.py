@@ -85,6 +85,10 @@ class StudyError(TunerError):
     """A study exists already, is unknown, or was started with other settings."""
 
 
+class ClusterError(TunerError):
+    """Ray cannot be started here, or the cluster that was named cannot be joined."""
+
+
 class StorageError(TunerError):
     """The place of runs and checkpoints cannot be reached, is full, or refuses access."""
 

@@ -19,10 +19,15 @@ from typing import Any
 import psutil
 
 from tuner.errors import ConfigError
+from tuner.ray_start import forbid_auto_init, start_patiently
 
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 # For workers to end after their raylet; they take some tenths of a second.
 END_SECONDS = 3.0
+# Paths of sockets may have 107 bytes (macOS: 103). Ray's names in the folder of its own that embedded Rays share:
+# /ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead
+FOLDER_BYTES = 103 - 75
+SHORT_TEMPORARY = Path("/tmp")
 # Of a user's home: where Ray, and whoever calls a cluster, looks for the token unless the environment has it.
 TOKEN_FILE = ".ray/auth_token"
 
@@ -31,20 +36,25 @@ TOKEN_FILE = ".ray/auth_token"
 def embedded_ray(**options: Any) -> Iterator[Any]:
     """Run Ray inside this process until the block ends, and yield its context; `options` are those of `ray.init`.
 
-    Never joins a cluster, whatever RAY_ADDRESS says or runs on this machine. Who connects needs its token: one that
+    Never joins a cluster, whatever runs on this machine. Who connects needs its token: one that
     only its own processes know, or with a dashboard, where somebody has to type it, the user's. What the user has set
     in RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or RAY_TMPDIR is left as it is.
 
     Raises:
         ConfigError: the user's token or Ray's folder cannot be kept from other users.
+        ClusterError: Ray does not start.
     """
     import ray
+
+    forbid_auto_init()
 
     try:
         with environment(_authentication(bool(options.get("include_dashboard")))):
             _read_authentication()
-            folder = {} if os.environ.get("RAY_TMPDIR") else {"_temp_dir": str(_private_folder() / "ray")}
-            context = _start(folder | options)
+            named = os.environ.get("RAY_TMPDIR")
+            folder = Path(named or _private_folder()) / "ray"
+            given = options if named else {"_temp_dir": str(folder)} | options
+            context = start_patiently(lambda: _start(given), f"{folder}/session_latest/logs")
         yield context
     finally:
         workers = _workers()
@@ -106,10 +116,19 @@ def _authentication(dashboard: bool) -> dict[str, str]:
 def _private_folder() -> Path:
     """Where Ray keeps sockets, logs and code of its workers, in folders that it opens to all: who may put another
     socket there is whom new workers obey."""
-    folder = Path(tempfile.gettempdir()) / f"tuner-{os.getuid()}"
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
+    name = f"tuner-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / name
+    if len(os.fsencode(folder)) > FOLDER_BYTES:
+        # The temporary folder of a job on a Slurm cluster, or of a user on macOS.
+        folder = SHORT_TEMPORARY / name
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be made ({error.strerror}); name a folder of yours in RAY_TMPDIR"
+        ) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigError(f"{folder}: is not yours alone; delete it, or name a folder of yours in RAY_TMPDIR")
     return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
@@ -18,6 +17,8 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.text_facts import TextSpec
 from tuner.errors import TunerError
 from tuner.loopback import embedded_ray, environment
+from tuner.ray_cluster import cluster_address, joined_ray
+from tuner.ray_start import held_stderr
 
 # An actor pays for its start (torch, 7 s on one core) after about this many batches.
 BATCHES_PER_ACTOR = 16
@@ -81,42 +82,25 @@ def ray_cluster() -> Iterator[int]:
 
     Yields:
         The number of CPUs of the cluster.
+
+    Raises:
+        ClusterError: Ray does not start, or the cluster cannot be joined.
     """
     import ray
 
     with ExitStack() as stack:
         if not ray.is_initialized():
             quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-            if os.environ.get("RAY_ADDRESS"):
-                ray.init(**quiet)
-                stack.callback(ray.shutdown)
+            if address := cluster_address():
+                stack.enter_context(joined_ray(address, **quiet))
             else:
-                with environment(_QUIET), _held_stderr():
+                # The core worker announces that it follows RAY_BACKEND_LOG_LEVEL before it follows it.
+                with environment(_QUIET), held_stderr("failure"):
                     store_bytes = OBJECT_STORE_BYTES_PER_CPU * (os.cpu_count() or 1)
                     local = embedded_ray(include_dashboard=False, object_store_memory=store_bytes, **quiet)
                     stack.enter_context(local)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield int(resources.get("CPU", 1))
-
-
-@contextmanager
-def _held_stderr() -> Iterator[None]:
-    """Hold back what C++ writes to stderr, and show it only if the block fails.
-
-    The core worker announces that it follows RAY_BACKEND_LOG_LEVEL before it follows it.
-    """
-    with tempfile.TemporaryFile() as held:
-        stderr = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from tuner.lanes.lane import LaneConfig
 from tuner.lanes.memory import LEAN_MEMORY, set_lean_memory
 from tuner.lanes.messages import Confirmation, Muster
 from tuner.loopback import embedded_ray, environment
+from tuner.ray_cluster import joined_ray
+from tuner.ray_start import NO_AUTO_INIT
 from tuner.storage import Storage
 from tuner.train.results import Candidate
 
@@ -96,7 +98,11 @@ class Fleet:
 
 @contextmanager
 def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
-    """Connect to a cluster, or start Ray inside this process. Yields the dashboard's URL, if any."""
+    """Connect to a cluster, or start Ray inside this process. Yields the dashboard's URL, if any.
+
+    Raises:
+        ClusterError: Ray does not start, or the cluster cannot be joined.
+    """
     if ray.is_initialized():
         yield None
         return
@@ -113,27 +119,13 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str | None]:
         variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = CLOUD_START_SECONDS
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
-        options["runtime_env"] = {"env_vars": LEAN_MEMORY}
+        options["runtime_env"] = {"env_vars": LEAN_MEMORY | NO_AUTO_INIT}
     set_lean_memory()
     if address is None:
         options |= {"include_dashboard": dashboard, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
-    cluster = _joined(address, options) if address is not None else embedded_ray(**options)
+    cluster = joined_ray(address, **options) if address is not None else embedded_ray(**options)
     with environment(variables), cluster as context:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else None
-
-
-@contextmanager
-def _joined(address: str, options: dict[str, Any]) -> Iterator[Any]:
-    try:
-        context = ray.init(address, **options)
-    except ConnectionError as error:
-        raise StudyError(
-            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray up`"
-        ) from None
-    try:
-        yield context
-    finally:
-        ray.shutdown()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tuner.data.cache import cache_root
 from tuner.data.store import Store
 from tuner.errors import ConfigError
 from tuner.lanes.fleet import FleetOptions
+from tuner.ray_cluster import cluster_address
 from tuner.report.answer import headline
 from tuner.report.live import make_view
 from tuner.search.driver import run_search
@@ -72,7 +73,8 @@ class DriverOptions:
 
     def request(self, config: StudyConfig, folder: StudyFolder, storage: Storage | None) -> SearchRequest:
         """The request of this driver."""
-        return SearchRequest(config, folder, self.address, self.dashboard, self.fleet, self.loggers, storage)
+        address = cluster_address(self.address)
+        return SearchRequest(config, folder, address, self.dashboard, self.fleet, self.loggers, storage)
 
     @property
     def view(self) -> View:
