@@ -10,6 +10,7 @@ import shlex
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from tuner.config import EncoderRef, LoraSpec, TrialConfig
 from tuner.encoders.registry import inspect_encoder
 from tuner.errors import ConfigError, EncoderError, StudyError
 from tuner.loopback import AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH, TOKEN_FILE, asks_for_token, embedded_ray
+from tuner.ray_start import NO_AUTO_INIT
 from tuner.report.live import JsonView, PlainView, make_view
 from tuner.report.terminal import RichView
 from tuner.search.recorder import Recorder
@@ -361,7 +363,7 @@ def sockets(processes: list[psutil.Process]) -> list[tuple[str, str, int]]:
 
 
 @pytest.fixture
-def started(unset: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def started(unset: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """What a Ray that is not started would be started with: options, and variables about tokens."""
     seen: list[dict[str, Any]] = []
 
@@ -369,13 +371,15 @@ def started(unset: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
         seen.append(options | {name: os.environ[name] for name in AUTHENTICATION if name in os.environ})
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(tempfile, "tempdir", str(unset))
-    return seen
+    # Short: in the folder of a test, Ray's sockets would have names that are too long.
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield seen
 
 
 def test_each_start_has_a_token_of_its_own(started: list[dict[str, Any]], unset: Path) -> None:
     for _ in range(2):
-        before = dict(os.environ)
+        before = dict(os.environ) | NO_AUTO_INIT
         with embedded_ray():
             assert dict(os.environ) == before, "processes that a logger starts have no use for it"
             assert asks_for_token()
@@ -445,10 +449,10 @@ def test_a_token_that_cannot_be_kept_is_one_sentence(
 
 
 @pytest.mark.parametrize("form", ["open to all", "a link"])
-def test_a_folder_that_others_have_made_is_not_taken(started: list[dict[str, Any]], unset: Path, form: str) -> None:
-    folder = unset / f"tuner-{os.getuid()}"
+def test_a_folder_that_others_have_made_is_not_taken(started: list[dict[str, Any]], form: str) -> None:
+    folder = Path(tempfile.gettempdir()) / f"tuner-{os.getuid()}"
     if form == "a link":
-        (unset / "theirs").mkdir(mode=0o700)
+        (folder.parent / "theirs").mkdir(mode=0o700)
         folder.symlink_to("theirs")
     else:
         folder.mkdir()

@@ -70,7 +70,7 @@ def _named(address: str) -> tuple[str, str]:
     variable = os.environ.get(ADDRESS_VARIABLE)
     if variable and address in ("auto", variable):
         return f"{ADDRESS_VARIABLE} {variable}", f"correct {ADDRESS_VARIABLE}, or unset it to use this machine alone"
-    return f"--address {address}", "correct it, or start a cluster with `ray up`"
+    return f"--address {address}", "correct it, or start a cluster with `ray up` or `ray start`"
 
 
 def _check_answer(named: str, address: str, remedy: str) -> None:
@@ -80,17 +80,18 @@ def _check_answer(named: str, address: str, remedy: str) -> None:
         ClusterError: no head of Ray answers there.
         ConnectionError, ValueError: there is no Ray on this machine (auto), or the address has no port.
     """
-    import grpc
+    import grpc  # type: ignore[import-untyped]
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.services import canonicalize_bootstrap_address
 
-    head = canonicalize_bootstrap_address(address)
+    # None where RAY_ADDRESS is local, and a cluster is asked for.
+    head = canonicalize_bootstrap_address(address) or address
     # No proxy of the environment: Ray takes none either.
     with init_grpc_channel(head, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_SECONDS)
         except grpc.RpcError as error:
-            code = error.code()  # type: ignore[attr-defined]
+            code = error.code()
             # It asks for a token, which Ray looks for when it connects.
             if code is not grpc.StatusCode.UNAUTHENTICATED:
                 raise ClusterError(f"{named}: no Ray cluster answers there ({code.name}); {remedy}") from error

@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from tuner.errors import ConfigError, StudyError
+from tuner.errors import ClusterError, ConfigError, StudyError
+from tuner.ray_cluster import joined_ray
 
 CloudName = Literal["aws", "gcp"]
 METADATA = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
@@ -88,7 +89,8 @@ def drain_node(address: str, node: str | None, notice: Notice) -> None:
         node: its id; None for this machine's.
 
     Raises:
-        StudyError: the cluster refuses, or does not answer.
+        StudyError: the cluster refuses.
+        ClusterError: it does not answer.
     """
     command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", address]
     command += ["--node-id", node or own_node(address), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
@@ -103,21 +105,13 @@ def own_node(address: str) -> str:
     """The id of this machine's node.
 
     Raises:
-        StudyError: no node of the cluster runs here.
+        ClusterError: no node of the cluster runs here.
     """
     import ray
 
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StudyError(
-            f"--address {address}: no Ray node runs here ({' '.join(str(error).split())[:200]}); run `ray start` first"
-        ) from None
-    try:
+    with joined_ray(address, log_to_driver=False, logging_level=logging.ERROR):
         node: str = ray.get_runtime_context().get_node_id()
         return node
-    finally:
-        ray.shutdown()
 
 
 def watch(cloud: CloudName, metadata: str, drain: Callable[[Notice], None], say: Callable[[str], None]) -> None:
@@ -139,7 +133,7 @@ def watch(cloud: CloudName, metadata: str, drain: Callable[[Notice], None], say:
             try:
                 drain(notice)
                 return
-            except StudyError as error:
+            except (StudyError, ClusterError) as error:
                 say(str(error))
         time.sleep(POLL_SECONDS[cloud])
 
