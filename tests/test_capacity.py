@@ -153,8 +153,8 @@ def test_max_gpus_counts_lanes_times_workers() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lanes": 3, "workers": 2, "max_gpus": 5}, "--lanes 3 with --workers 2 need 6 GPUs, more than --max-gpus 5"),
-        ({"workers": 2, "max_gpus": 1}, "--workers 2 need 2 GPUs, more than --max-gpus 1"),
+        ({"lanes": 3, "workers": 2, "max_gpus": 5}, "lanes 3 with workers 2 need 6 GPUs, more than max_gpus 5"),
+        ({"workers": 2, "max_gpus": 1}, "workers 2 need 2 GPUs, more than max_gpus 1"),
     ],
 )
 def test_more_than_max_gpus_is_refused_before_anything_starts(options: dict[str, int], said: str) -> None:
@@ -166,12 +166,12 @@ def test_more_than_max_gpus_is_refused_before_anything_starts(options: dict[str,
     ("options", "capacity", "said"),
     [
         ({"lanes": 9}, GROWS, "need 9 GPUs; the cluster has 0 and its autoscaler may bring 8$"),
-        ({"lanes": 5}, STAYS, "--lanes 5 with --workers 1 need 5 GPUs; there are 4$"),
-        ({"workers": 5}, STAYS, "--lanes 1 with --workers 5 need 5 GPUs; there are 4$"),
-        ({"lanes": 3}, Capacity((NodeGroup(2, 0),)), "--lanes 3 with --workers 1 need as many CPUs; there are 2$"),
+        ({"lanes": 5}, STAYS, "lanes 5 with workers 1 need 5 GPUs; there are 4$"),
+        ({"workers": 5}, STAYS, "lanes 1 with workers 5 need 5 GPUs; there are 4$"),
+        ({"lanes": 3}, Capacity((NodeGroup(2, 0),)), "lanes 3 with workers 1 need as many CPUs; there are 2$"),
         ({}, Capacity((HEAD,), unread="no access"), r"need as many CPUs; there are 0 \(no access\)$"),
         ({}, Capacity((NodeGroup(8, 0), NodeGroup(0, 2))), "as many GPUs with a CPU on the same node; there are 0$"),
-        ({"max_gpus": 1}, Capacity((NodeGroup(8, 0),)), "--max-gpus 1: there are no GPUs; leave it away"),
+        ({"max_gpus": 1}, Capacity((NodeGroup(8, 0),)), "max_gpus 1: there are no GPUs; drop it"),
     ],
 )
 def test_what_can_never_be_had_is_refused(options: dict[str, int], capacity: Capacity, said: str) -> None:

@@ -285,7 +285,7 @@ def test_nothing_leaves_the_audio_root(rooted: Path, tmp_path: Path, audio: str)
 
 
 def test_an_audio_root_must_be_there(rooted: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--audio-root .*nowhere: no such folder"):
+    with pytest.raises(DataError, match=r"audio_root .*nowhere: no such folder"):
         read_manifest(write_audio(tmp_path, "fine.wav"), tmp_path / "nowhere")
 
 

@@ -211,7 +211,7 @@ def test_a_trial_off_the_path_is_refused(tiny: Tiny, bypassed: AudioEncoder) -> 
     with pytest.raises(PlacementError) as caught:
         pack.attach("stray", LORA)
     assert "depend on 1 of 6 modules (layers.2.fc1: called, but its output is not used)" in str(caught.value)
-    assert re.search(r"on the encoding path are .*layers\.\*\.fc1 2, .*; remove .* --off-path warn", str(caught.value))
+    assert re.search(r"on the encoding path are .*layers\.\*\.fc1 2, .*; remove .* off_path warn", str(caught.value))
     assert list(pack.members) == ["fits"] and adapters.names(bypassed) == ("fits",)
 
 

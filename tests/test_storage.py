@@ -576,10 +576,10 @@ def test_an_unnamed_study_gets_the_first_free_name(storage: Storage, tmp_path: P
 
 
 def test_a_study_that_is_nowhere_cannot_be_resumed(storage: Storage, tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=f"study {STUDY}: not in "):
+    with pytest.raises(StudyError, match=f"study {STUDY}: is not in "):
         resumed_request(StudyFolder(tmp_path / STUDY), None, storage)
     start_study(tiny, tmp_path / STUDY)
-    with pytest.raises(StudyError, match="give the --storage that it was started with"):
+    with pytest.raises(StudyError, match="give the storage that it was started with"):
         resumed_request(StudyFolder(tmp_path / STUDY), None, storage)
 
 

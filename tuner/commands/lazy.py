@@ -36,7 +36,7 @@ class Entry:
 class Command(TyperCommand):
     """A command whose errors name its options where those of the rooms below name fields."""
 
-    def make_context(
+    def make_context(  # type: ignore[explicit-any]  # as Click has it
         self, info_name: str | None, args: list[str], parent: Context | None = None, **extra: Any
     ) -> Context:
         """Parse the words of a command line; an empty one means nothing to any command."""
@@ -47,7 +47,7 @@ class Command(TyperCommand):
                 raise ConfigError(f"{name}: is empty; give a value or omit it")
         return super().make_context(info_name, args, parent, **extra)
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Context) -> object:
         """Run it."""
         with options_named(self):
             return super().invoke(ctx)
@@ -88,7 +88,7 @@ class LazyGroup(TyperGroup):
 
     table: Mapping[str, Entry] = {}
 
-    def __init__(self, **attributes: Any) -> None:
+    def __init__(self, **attributes: Any) -> None:  # type: ignore[explicit-any]  # as Typer has it
         super().__init__(**attributes)
         self.commands = LazyCommands(self.table)  # type: ignore[assignment]
 

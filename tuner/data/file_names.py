@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from tuner.data.columns import ID_COLUMNS, audio_value
-from tuner.errors import DataError
+from tuner.errors import DataError, Field
 
 Row = tuple[int, Mapping[str, object]]
 _SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
@@ -74,7 +74,8 @@ def name_files_by_id(path: Path, folder: Path, rows: Sequence[Row]) -> list[Row]
         if example := next((stems["video"] for stems in named if "video" in stems), None):
             raise DataError(
                 f"{path}: gives ids of videos and no column `audio`, and {folder} holds no recording named by one (for "
-                f"example {example[:60]}.wav); add the column, or name the folder of the recordings with --audio-root"
+                f"example {example[:60]}.wav); add the column, or name the folder of the recordings with ",
+                Field("audio_root"),
             )
         return None
     way = max(sorted(counts), key=counts.__getitem__)

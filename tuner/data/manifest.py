@@ -25,7 +25,7 @@ from tuner.data.dataset_folder import read_dataset_folder
 from tuner.data.file_names import name_files_by_id, names_files, recording_path
 from tuner.data.tables import EmbeddedAudio, read_parquet
 from tuner.data.text_files import SUFFIXES, read_text_rows
-from tuner.errors import DataError
+from tuner.errors import DataError, Field
 from tuner.near import shown
 from tuner.places import is_file, is_folder
 from tuner.plain_json import parse_json
@@ -99,7 +99,7 @@ def _with_files(path: Path, folder: Path, rows: list[Row]) -> list[Row]:
 
 def _confine(path: Path, rows: Sequence[ClipRow], root: Path) -> None:
     if not root.is_dir():
-        raise DataError(f"--audio-root {root}: no such folder; give the one that holds the recordings")
+        raise DataError(Field("audio_root"), f" {root}: no such folder; give the one that holds the recordings")
     inside = root.resolve()
     for row in rows:
         if row.problem != "no audio" and not _leads_into(row.audio, inside):

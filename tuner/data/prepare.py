@@ -39,7 +39,7 @@ from tuner.data.writer import (
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
 from tuner.encoders.text_facts import TextSpec, inspect_text_encoder
-from tuner.errors import ConfigError, DataError
+from tuner.errors import ConfigError, DataError, Field
 from tuner.places import absolute_source
 
 Progress = Callable[[int, int], None]
@@ -113,7 +113,7 @@ def prepare(
     recipe = _recipe(Path(manifest), encoder, absolute_source(text_encoder), options)
     target = (out if out is not None else cache_root() / "stores" / recipe.fingerprint).absolute()
     if not target.name:
-        raise DataError(f"{target}: is no place for a store; give a folder with --out")
+        raise DataError(f"{target}: is no place for a store; give a folder with ", Field("out"))
     reused = _reusable(target, recipe)
     if reused is not None:
         return reused

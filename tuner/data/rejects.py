@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuner.errors import DataError
+from tuner.errors import DataError, Field
 
 
 @dataclass(frozen=True, order=True)
@@ -42,5 +42,6 @@ def check_rejects(rejects: Sequence[Reject], rows: int, limit: float, listing: P
     reasons = ", ".join(f"{count} {reason}" for reason, count in commonest)
     raise DataError(
         f"{len(rejects)} of {rows} rows cannot be used ({reasons}), more than the {limit:.1%} allowed; "
-        f"see {listing}, then mend the rows or raise --max-rejects"
+        f"see {listing}, then fix the rows or raise ",
+        Field("max_rejects"),
     )

@@ -11,7 +11,7 @@ from filelock import FileLock
 from tuner.data.cache import cache_root
 from tuner.data.store import FORMAT, META_FILE, Store, read_meta
 from tuner.data.writer import disk_faults, new_folder
-from tuner.errors import DataError
+from tuner.errors import DataError, Field
 from tuner.storage import Storage, is_uri
 
 STORES = "stores"
@@ -65,7 +65,7 @@ def upload_store(folder: Path, storage: Storage) -> None:
     if there is not None and (there["fingerprint"], there["files"]) == (store.fingerprint, store.meta["files"]):
         return
     if there is None and META_FILE not in (names := storage.names()) and set(names) - set(store.meta["files"]):
-        raise DataError(f"{storage}: holds other files and is not a store; give a new place with --out")
+        raise DataError(f"{storage}: holds other files and is not a store; give a new place with ", Field("out"))
     # While parts of two stores lie side by side, there is none.
     storage.remove(META_FILE)
     for name in (*store.meta["files"], META_FILE):

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from tuner.data.store import CAPTIONS_FILE, CLIPS_FILE, FORMAT, META_FILE, VERSION, read_meta
-from tuner.errors import DataError
+from tuner.errors import DataError, Field
 
 SHARD_BYTES = 1 << 30
 _CLIP_COLUMNS: list[tuple[str, Any]] = [
@@ -35,21 +35,21 @@ _CLIP_COLUMNS: list[tuple[str, Any]] = [
 ]
 CLIP_SCHEMA = pa.schema(_CLIP_COLUMNS)
 _DISK_FAULTS = {
-    errno.ENOSPC: "the disk is full; free space or give another folder with --out",
-    errno.EDQUOT: "the disk quota is used up; free space or give another folder with --out",
-    errno.EACCES: "no permission to write here; give another folder with --out",
-    errno.EPERM: "no permission to write here; give another folder with --out",
-    errno.EROFS: "the disk is read-only; give another folder with --out",
-    errno.ENOTDIR: "a parent of this folder is a file; give another folder with --out",
-    errno.EEXIST: "a parent of this folder is a file; give another folder with --out",
+    errno.ENOSPC: "the disk is full; free space or give another folder",
+    errno.EDQUOT: "the disk quota is used up; free space or give another folder",
+    errno.EACCES: "no permission to write here; give another folder",
+    errno.EPERM: "no permission to write here; give another folder",
+    errno.EROFS: "the disk is read-only; give another folder",
+    errno.ENOTDIR: "a parent of this folder is a file; give another folder",
+    errno.EEXIST: "a parent of this folder is a file; give another folder",
 }
 # These say nothing of the disk: they count only where they are about the very place that is written to.
 _NAME_FAULTS = {
-    errno.ENOENT: "there is no such place and it cannot be made; give another folder with --out",
-    errno.EISDIR: "is a folder; give another name with --out",
-    errno.ENAMETOOLONG: "this name is too long; give a shorter one with --out",
-    errno.ELOOP: "this is a link that leads in a circle; give another folder with --out",
-    errno.EINVAL: "the disk does not take this name; give another one with --out",
+    errno.ENOENT: "there is no such place and it cannot be made; give another folder",
+    errno.EISDIR: "is a folder; give another name",
+    errno.ENAMETOOLONG: "this name is too long; give a shorter one",
+    errno.ELOOP: "this is a link that leads in a circle; give another folder",
+    errno.EINVAL: "the disk does not take this name; give another one",
 }
 
 
@@ -137,7 +137,7 @@ def check_replaceable(target: Path) -> None:
     if target.is_dir() and (read_meta(target) is not None or not any(target.iterdir())):
         return
     if target.exists():
-        raise DataError(f"{target}: exists and is not a store; give a new folder with --out")
+        raise DataError(f"{target}: exists and is not a store; give a new folder with ", Field("out"))
 
 
 def _replace_folder(partial: Path, target: Path) -> None:

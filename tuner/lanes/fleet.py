@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from tuner.config import Precision, RunSettings
-from tuner.errors import ConfigError, StudyError
+from tuner.errors import ConfigError, Field, StudyError
 from tuner.lanes.capacity import HEAD_NODE, Capacity, NodeGroup, count_cpus, count_gpus
 from tuner.lanes.coordinator import Coordinator
 from tuner.lanes.hosting import host_lane
@@ -50,11 +50,18 @@ class FleetOptions:
 
     def __post_init__(self) -> None:
         if self.max_gpus is not None and (self.lanes or 1) * self.workers > self.max_gpus:
-            asked = f"--lanes {self.lanes} with --workers" if self.lanes else "--workers"
             raise ConfigError(
-                f"{asked} {self.workers} need {(self.lanes or 1) * self.workers} GPUs, more than --max-gpus "
-                f"{self.max_gpus}; lower them or raise it"
+                *self.asked,
+                f" need {(self.lanes or 1) * self.workers} GPUs, more than ",
+                Field("max_gpus"),
+                f" {self.max_gpus}; lower them or raise it",
             )
+
+    @property
+    def asked(self) -> tuple[str | Field, ...]:
+        """Lanes and workers as parts of a message."""
+        workers = (Field("workers"), f" {self.workers}")
+        return (Field("lanes"), f" {self.lanes} with ", *workers) if self.lanes else workers
 
     def lanes_on(self, places: int, trials: int) -> int:
         """Lanes that so many places for workers hold, not more than are allowed or have a trial to train."""
@@ -150,18 +157,20 @@ def size_fleet(options: FleetOptions, trials: int, capacity: Capacity) -> FleetS
     use_gpu = capacity.gpus > 0
     if options.max_gpus is not None and not use_gpu:
         raise StudyError(
-            f"--max-gpus {options.max_gpus}: there are no GPUs{_unread(capacity)}; leave it away to train on CPUs"
+            Field("max_gpus"),
+            f" {options.max_gpus}: there are no GPUs{_unread(capacity)}; drop it to train on CPUs",
         )
     places = capacity.places(use_gpu)
     lanes = options.lanes_on(places, trials) if use_gpu else options.lanes or 1
     needed = lanes * options.workers
     if needed > places:
-        asked = f"--lanes {lanes} with --workers {options.workers} need"
+        asked = replace(options, lanes=lanes).asked
         if use_gpu and needed > capacity.gpus:
-            raise StudyError(f"{asked} {needed} GPUs; {_supply(capacity, count_gpus)}")
+            raise StudyError(*asked, f" need {needed} GPUs; {_supply(capacity, count_gpus)}")
         if needed > capacity.cpus:
-            raise StudyError(f"{asked} as many CPUs; {_supply(capacity, count_cpus)}")
-        raise StudyError(f"{asked} as many GPUs with a CPU on the same node; there are {places}{_unread(capacity)}")
+            raise StudyError(*asked, f" need as many CPUs; {_supply(capacity, count_cpus)}")
+        there = f"there are {places}{_unread(capacity)}"
+        raise StudyError(*asked, f" need as many GPUs with a CPU on the same node; {there}")
     return FleetSize(lanes, capacity.threads(needed, use_gpu), use_gpu, capacity)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tuner.config import OffPath
 from tuner.encoders.base import AudioEncoder
-from tuner.errors import PlacementError
+from tuner.errors import Field, PlacementError
 from tuner.lora.adapter import activate, active
 from tuner.lora.placement import Placement
 
@@ -197,7 +197,9 @@ def check_placement(placement: Placement, path: EncodingPath, policy: OffPath) -
     )
     if policy == "warn":
         return sentence
-    raise PlacementError(f"{sentence}; remove the others from the targets, or allow them with --off-path warn")
+    raise PlacementError(
+        f"{sentence}; remove the others from the targets, or allow them with ", Field("off_path"), " warn"
+    )
 
 
 def describe(linears: Sequence[TracedLinear]) -> str:

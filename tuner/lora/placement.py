@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tuner.config import HeadSpec, LoraSpec, TrialConfig
 from tuner.encoders.spec import EncoderSpec, LinearTarget, Part, Stage
-from tuner.errors import PlacementError
+from tuner.errors import Field, PlacementError
 from tuner.near import nearest, shown
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer of the adapted blocks
@@ -68,7 +68,9 @@ def encoding_spec(spec: EncoderSpec, lora: LoraSpec | None) -> EncoderSpec:
         )
     raise PlacementError(
         f"lora.placement: {lora.placement} adapts the language model of {spec.source}, which the path {spec.path} "
-        "never runs; give --path full_forward"
+        "never runs; give ",
+        Field("path"),
+        " full_forward",
     )
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from tuner.config import LoraSpec, TrialConfig
 from tuner.data.store import Store
 from tuner.encoders.spec import EncoderSpec
-from tuner.errors import StorageError, StudyError
+from tuner.errors import Field, StorageError, StudyError
 from tuner.lanes.fleet import FleetOptions
 from tuner.lora.placement import trainable_parameters
 from tuner.search.durable.head_lease import HeadLease
@@ -90,12 +90,16 @@ def check_new(folder: StudyFolder, storage: Storage | None = None) -> None:
         StudyError: it exists; names the command that resumes it.
         StorageError: the storage is unreachable, or access is denied.
     """
-    name, again = folder.name, "choose another name with --study"
+    name = folder.name
     if folder.record.exists():
-        raise StudyError(f"study {name} exists in {folder.path}; resume it with `--resume {name}` or {again}")
+        raise _exists(name, str(folder.path), f"--resume {name}")
     if storage is not None and storage.at(name).exists(RECORD_FILE):
-        resume = f"--resume {name} --storage {storage.uri}"
-        raise StudyError(f"study {name} exists in {storage}; resume it with `{resume}` or {again}")
+        raise _exists(name, str(storage), f"--resume {name} --storage {storage.uri}")
+
+
+def _exists(name: str, place: str, resume: str) -> StudyError:
+    again = f"study {name} exists in {place}; resume it with `tuner search {resume}` or choose another name with "
+    return StudyError(again, Field("study"))
 
 
 def resumed_request(folder: StudyFolder, trials: int | None, storage: Storage | None = None) -> SearchRequest:
@@ -143,7 +147,9 @@ def kept_in(folder: StudyFolder, storage: Storage | None) -> Storage | None:
         return Storage.parse(own) if own is not None else None
     if storage.uri != own and not storage.at(folder.name).exists(RECORD_FILE):
         raise StudyError(
-            f"study {folder.name}: is not in {storage}; give the --storage that it was started with, or drop --storage"
+            f"study {folder.name}: is not in {storage}; give the ",
+            Field("storage"),
+            " that it was started with, or drop it",
         )
     return storage
 

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from tuner.errors import ClusterError, ConfigError, StudyError
+from tuner.errors import ClusterError, ConfigError, Field, StudyError
 from tuner.ray_cluster import joined_ray
 
 CloudName = Literal["aws", "gcp"]
@@ -98,7 +98,9 @@ def drain_node(address: str, node: str | None, notice: Notice) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise StudyError(f"--address {address}: the node cannot be drained ({said[-1] if said else 'no reason given'})")
+        raise StudyError(
+            Field("address"), f" {address}: the node cannot be drained ({said[-1] if said else 'no reason given'})"
+        )
 
 
 def own_node(address: str) -> str:
@@ -148,4 +150,4 @@ def cloud_named(name: str) -> CloudName:
     for known in clouds:
         if name == known:
             return known
-    raise ConfigError(f"--cloud {name}: give aws or gcp; on others, drain the node by `ray drain-node`")
+    raise ConfigError(Field("cloud"), f" {name}: give aws or gcp; on others, drain the node by `ray drain-node`")

@@ -18,7 +18,7 @@ from tuner.config import EncoderRef
 from tuner.data.store import Store
 from tuner.encoders.base import AudioEncoder
 from tuner.encoders.registry import inspect_encoder, load_encoder
-from tuner.errors import AdapterError
+from tuner.errors import AdapterError, Field
 from tuner.lora.adapter import detach, load_adapter, on_path
 from tuner.train.export import Card, load_head, read_card
 from tuner.train.model import ProjectionHead, pool_clips
@@ -75,7 +75,8 @@ def load(folder: Path, encoder: EncoderRef | None = None, device: str = "cpu") -
     spec = inspect_encoder(encoder or card.encoder)
     if spec.fingerprint != card.encoder_fingerprint:
         raise AdapterError(
-            f"{folder}: this adapter was made for another encoder than {spec.source}; name its own with --encoder"
+            f"{folder}: this adapter was made for another encoder than {spec.source}; name its own with ",
+            Field("encoder"),
         )
     return attach_exported(folder, card, load_encoder(spec, dtype_of(card.precision), device))
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tuner.errors import StudyError
+from tuner.errors import Field, StudyError
 from tuner.redact import printable
 from tuner.report.handover import ADAPTER_FILES
 from tuner.study.events import parse_line
@@ -47,7 +47,9 @@ def bundle_lines(folder: Path, names: Iterable[str]) -> Iterator[str]:
     if size > MAX_BYTES:
         raise StudyError(
             f"{folder}: {size / 1e9:.1f} GB are too much to send as text (limit {MAX_BYTES / 1e9:.1f} GB); "
-            "take single points with --trial, or copy the folder by ssh"
+            "take single points with ",
+            Field("trial"),
+            ", or copy the folder by ssh",
         )
     for name in present:
         with (folder / name).open("rb") as file:

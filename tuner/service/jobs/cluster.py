@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.errors import ConfigError, StudyError
+from tuner.errors import ConfigError, Field, StudyError
 from tuner.loopback import AUTH_TOKEN, AUTH_TOKEN_PATH, TOKEN_FILE
 from tuner.redact import holds_secret
 from tuner.service.jobs.follow import follow_lines, job_lines
@@ -70,11 +70,15 @@ def connect(address: str) -> Cluster:
     except AuthenticationError:
         raise _no_token(address) from None
     except (ConnectionError, requests.exceptions.RequestException):
-        raise StudyError(f"--address {address}: nobody answers; is `ray dashboard cluster.yaml` running?") from None
+        raise StudyError(
+            Field("address"), f" {address}: nobody answers; is `ray dashboard cluster.yaml` running?"
+        ) from None
     except RuntimeError as error:
         if "status code 401" in str(error) or "status code 403" in str(error):
             raise _no_token(address) from None
-        raise StudyError(f"--address {address}: {' '.join(str(error).split())[:200]}; give a Ray head's") from None
+        raise StudyError(
+            Field("address"), f" {address}: {' '.join(str(error).split())[:200]}; give a Ray head's"
+        ) from None
     return Cluster(client)
 
 
@@ -97,7 +101,7 @@ def _token_header() -> dict[str, str]:
 
 
 def _no_token(address: str) -> StudyError:
-    return StudyError(f"--address {address}: the cluster wants its token; put it into ~/{TOKEN_FILE}")
+    return StudyError(Field("address"), f" {address}: the cluster wants its token; put it into ~/{TOKEN_FILE}")
 
 
 class Cluster:
