@@ -216,6 +216,7 @@ def test_a_search_at_a_wrong_address_is_one_sentence_and_leaves_no_study(
     said = capfd.readouterr().err
     assert said.startswith(f"tuner: {ADDRESS_VARIABLE} {address}: ") and said.count("\n") == 1
     assert "unset it to use this machine alone" in said
+    assert ("by host:port of its head" in said) == ("://" in address)
     assert starts.calls == [] and not list((tmp_path / "runs").rglob("study.json"))
 
 

@@ -36,9 +36,10 @@ TOKEN_FILE = ".ray/auth_token"
 def embedded_ray(**options: Any) -> Iterator[Any]:
     """Run Ray inside this process until the block ends, and yield its context; `options` are those of `ray.init`.
 
-    Never joins a cluster, whatever runs on this machine. Who connects needs its token: one that
-    only its own processes know, or with a dashboard, where somebody has to type it, the user's. What the user has set
-    in RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or RAY_TMPDIR is left as it is.
+    Never joins a cluster, whatever runs on this machine; whether one is named is for `ray_cluster.cluster_address` to
+    find out. Who connects needs its token: one that only its own processes know, or with a dashboard, where somebody
+    has to type it, the user's. What the user has set in RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
+    RAY_TMPDIR is left as it is. From then on, no call of Ray starts another one (`ray_start.forbid_auto_init`).
 
     Raises:
         ConfigError: the user's token or Ray's folder cannot be kept from other users.
@@ -47,7 +48,6 @@ def embedded_ray(**options: Any) -> Iterator[Any]:
     import ray
 
     forbid_auto_init()
-
     try:
         with environment(_authentication(bool(options.get("include_dashboard")))):
             _read_authentication()
