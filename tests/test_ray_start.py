@@ -183,7 +183,8 @@ def test_a_temporary_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPat
         (None, "", None),
         (None, "10.0.0.1:6379", "10.0.0.1:6379"),
         (None, "local", None),
-        ("auto", "10.0.0.1:6379", "auto"),
+        ("auto", "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("auto", None, "auto"),
         ("10.0.0.2:6379", "10.0.0.1:6379", "10.0.0.2:6379"),
     ],
 )

@@ -27,7 +27,9 @@ def cluster_address(address: str | None = None) -> str | None:
     Args:
         address: what `--address` says.
     """
-    found = address or os.environ.get(ADDRESS_VARIABLE) or None
+    named = os.environ.get(ADDRESS_VARIABLE)
+    # As Ray does: auto is what the variable says, where there is one.
+    found = named if named and address in (None, "auto") else address
     return None if found == "local" else found
 
 
@@ -36,13 +38,14 @@ def joined_ray(address: str, **options: Any) -> Iterator[Any]:
     """Connect to a cluster until the block ends, and yield Ray's context; `options` are those of `ray.init`.
 
     Args:
-        address: from `cluster_address`: host:port of a head, or auto.
+        address: host:port of a head, or auto.
 
     Raises:
         ClusterError: it is of another kind, nobody answers there, or the cluster cannot be joined.
     """
     import ray
 
+    address = cluster_address(address) or address
     named, remedy = _named(address)
     if "://" in address:
         raise ClusterError(
@@ -66,10 +69,9 @@ def joined_ray(address: str, **options: Any) -> Iterator[Any]:
 
 
 def _named(address: str) -> tuple[str, str]:
-    """Who has named the address, and what to do where it is wrong. Ray prefers the variable to auto."""
-    variable = os.environ.get(ADDRESS_VARIABLE)
-    if variable and address in ("auto", variable):
-        return f"{ADDRESS_VARIABLE} {variable}", f"correct {ADDRESS_VARIABLE}, or unset it to use this machine alone"
+    """Who has named the address, and what to do where it is wrong."""
+    if address == os.environ.get(ADDRESS_VARIABLE):
+        return f"{ADDRESS_VARIABLE} {address}", f"correct {ADDRESS_VARIABLE}, or unset it to use this machine alone"
     return f"--address {address}", "correct it, or start a cluster with `ray up` or `ray start`"
 
 
