@@ -195,11 +195,11 @@ AWS_MISTAKES: dict[str, tuple[Spoil, str]] = {
     ),
     "unpinned Ray": (
         spoil_commands("setup_commands", "make -C ~/tuner install", "pip install -U 'ray[default,tune]'"),
-        "setup_commands.1: installs whatever Ray is newest",
+        "setup_commands.1: installs the newest Ray",
     ),
     "loosely pinned Ray": (
         spoil_commands("setup_commands", "make -C ~/tuner install", "pip install ray[default]==2.60.*"),
-        "setup_commands.1: installs whatever Ray is newest",
+        "setup_commands.1: installs the newest Ray",
     ),
     "another Ray": (
         spoil_commands("setup_commands", "make -C ~/tuner install", "pip install ray==2.9.0; true"),

@@ -488,7 +488,7 @@ def test_a_study_here_is_not_looked_for_there(
     monkeypatch.setenv("TUNER_ADDRESS", "http://127.0.0.1:9")
     assert tuner(monkeypatch, "report", study, "--out", tmp_path / "page.html") == 0
     assert tuner(monkeypatch, "report", study, "--address", "http://127.0.0.1:9") == 2
-    assert "nobody answers" in capsys.readouterr().err
+    assert "no Ray dashboard answers" in capsys.readouterr().err
 
 
 def test_a_missing_file_names_the_adapter(study: Path, tmp_path: Path) -> None:

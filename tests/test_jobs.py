@@ -312,7 +312,7 @@ def test_stopping_says_how_to_go_on(
     head.status, head.log = "RUNNING", ["no event\n", printed(started(run_dir="/mnt/runs/s"))]
     assert tuner(monkeypatch, "stop", "s", "--address", "http://head:8265") == 0
     again = "tuner search --resume s --runs /mnt/runs --address http://head:8265"
-    assert capsys.readouterr().out == f"study s: stopped; go on with `{again}`\n"
+    assert capsys.readouterr().out == f"study s: stopped; resume it with `{again}`\n"
 
 
 # Connecting
@@ -349,10 +349,10 @@ def refusing() -> Iterator[str]:
 
 
 def test_a_missing_or_wrong_token_is_one_sentence(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StudyError, match=f"{refusing}: the cluster wants its token"):
+    with pytest.raises(StudyError, match=f"{refusing}: the cluster requires its token"):
         connect(refusing)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "decaf")
-    with pytest.raises(StudyError, match="the cluster wants its token") as raised:
+    with pytest.raises(StudyError, match="the cluster requires its token") as raised:
         connect(refusing)
     assert "decaf" not in str(raised.value)
 
@@ -371,5 +371,5 @@ def test_the_token_is_found_where_ray_looks_for_it(
 
 
 def test_nobody_there_is_one_sentence() -> None:
-    with pytest.raises(StudyError, match=r"http://127\.0\.0\.1:9: nobody answers"):
+    with pytest.raises(StudyError, match=r"http://127\.0\.0\.1:9: no Ray dashboard answers"):
         connect("http://127.0.0.1:9")

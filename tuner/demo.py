@@ -28,7 +28,7 @@ LANGUAGES = ("fr", "es", "ca", "ro", "en")
 MAX_SECONDS = 3.0
 STAMPS = PurePosixPath("usr/share/tuxpaint/stamps")
 SUMMARY_FILE = "demo.json"
-# Raise it when the recordings, their captions or the manifest's columns change: caches of users are made anew then.
+# Raise it when the recordings, their captions or the manifest's columns change: users' caches are then made again.
 VERSION = 1
 OWN_DATA = "point --data at a manifest of your own recordings instead"
 APT_TIMEOUT = 900

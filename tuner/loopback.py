@@ -36,8 +36,8 @@ TOKEN_FILE = ".ray/auth_token"
 def embedded_ray(**options: Any) -> Iterator[Any]:
     """Run Ray inside this process until the block ends, and yield its context; `options` are those of `ray.init`.
 
-    Never joins a cluster, whatever runs on this machine; whether one is named is for `ray_cluster.cluster_address` to
-    find out. Who connects needs its token: one that only its own processes know, or with a dashboard, where somebody
+    Never joins a cluster, no matter what runs on this machine; `ray_cluster.cluster_address` finds out whether one is
+    named. Who connects needs its token: one that only its own processes know, or with a dashboard, where somebody
     has to type it, the user's. What the user has set in RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
     RAY_TMPDIR is left as it is. From then on, no call of Ray starts another one (`ray_start.forbid_auto_init`).
 
@@ -158,7 +158,7 @@ def _keep_private(file: Path) -> None:
 
 
 def _read_authentication() -> None:
-    """Have Ray in this process read anew whether there is a token, and which: it does so once only.
+    """Have Ray in this process read the token again; by itself it reads it only once.
 
     In this order: what still runs of an earlier Ray ends this process where it is asked for a token that is not there.
     """

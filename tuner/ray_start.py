@@ -1,4 +1,4 @@
-"""Starting Ray inside this process: a busy machine gets a second try, and whatever fails is one sentence."""
+"""Starting Ray inside this process: a busy machine gets a second try, and every failure is one sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def forbid_auto_init() -> None:
     """From now on, no call of Ray starts a Ray of its own, in this process or in those that it starts.
 
     Most functions of Ray do so when none is up: a thread that asks for an actor after the end of a search would start a
-    second Ray, without a token, in a folder that is open to all, or join whatever runs on this machine.
+    second Ray, without a token, in a folder that is open to all, or join another Ray of this machine.
     """
     from ray._private import auto_init_hook
 
@@ -42,7 +42,7 @@ def start_patiently(start: Callable[[], Context], logs: str) -> Context:
         logs: folder of Ray's logs, for the sentence.
 
     Raises:
-        ClusterError: Ray did not start, for whatever reason; nothing that it had started is left.
+        ClusterError: Ray did not start, for any reason; nothing that it had started is left.
     """
     for retried in (False, True):
         try:

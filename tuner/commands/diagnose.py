@@ -38,7 +38,7 @@ def diagnose(
     precision: Annotated[
         str, typer.Option(help="of the frozen encoder: auto (fp32 if it fits), bf16 or fp32")
     ] = "auto",
-    trials: Annotated[int, typer.Option(min=1, help="of the search whose cost is told")] = 7,
+    trials: Annotated[int, typer.Option(min=1, help="of the search whose cost is estimated")] = 7,
     epochs: Annotated[int, typer.Option(min=1, help="likewise")] = 3,
     batch_size: Annotated[int, typer.Option(min=2, help="likewise")] = 64,
     json: Annotated[bool, typer.Option("--json", help="all findings and values as JSON")] = False,

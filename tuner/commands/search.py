@@ -1,4 +1,4 @@
-"""`tuner search`: options, turned into a `StudyConfig` and what one driver is told besides."""
+"""`tuner search`: options, turned into a `StudyConfig` and the options of one driver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tuner.patience import patience_seconds
 from tuner.study.config import DEFAULT_SPACE, StudyConfig
 from tuner.study.objectives import DEFAULT_OBJECTIVES, KNOWN
 
-# What the head must not be told: it runs on its own cluster, and prints for programs.
+# Options that are not sent to the head: it runs on its own cluster, and prints for programs.
 NOT_SENT = frozenset({"address", "json", "study", "space", "dashboard", "dry_run", "tflops"})
 # What a cluster's head prints into each driver: that a lane waits for a machine, which the search reports itself, and
 # that it has many small actors.
@@ -97,7 +97,7 @@ def search(
     epochs: Annotated[int, typer.Option(min=1, help="of each trial")] = EPOCHS,
     batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = BATCH_SIZE,
     study: Annotated[str | None, typer.Option(help="name of the study; default: the space's, numbered")] = None,
-    resume: Annotated[str | None, typer.Option(help="go on with this study; a larger --trials extends it")] = None,
+    resume: Annotated[str | None, typer.Option(help="resume this study; a larger --trials extends it")] = None,
     runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),
     lanes: Lanes = None,
     max_gpus: MaxGpus = None,

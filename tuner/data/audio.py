@@ -60,7 +60,7 @@ class Recording:
 def decode(source: Path | bytes, max_seconds: float) -> Recording:
     """Decode wav, flac, ogg or mp3 and mix the channels to mono by their mean.
 
-    Never reads more than `max_seconds` and one sample, whatever the header claims.
+    Never reads more than `max_seconds` and one sample, even if the header claims more.
 
     Raises:
         UnusableAudioError: missing, unreadable, truncated, empty, silent (nothing but a constant within -80 dBFS), not

@@ -1,4 +1,4 @@
-"""What the columns of a manifest are called, whatever kind of file it is."""
+"""Names of a manifest's columns, the same for every kind of file."""
 
 from __future__ import annotations
 

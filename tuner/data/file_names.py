@@ -100,7 +100,7 @@ def _possible_stems(values: Mapping[str, object]) -> dict[str, str]:
         if number := given.get("audiocap_id"):
             stems["number"] = number
     elif identifier := given.get("id"):
-        # Ids of WavCaps that come from AudioSet end in .wav, whatever the file does.
+        # Ids of WavCaps that come from AudioSet end in .wav, even if the file does not.
         suffix = PurePosixPath(identifier).suffix.lower()
         stems["id"] = identifier[: -len(suffix)] if suffix in _SUFFIXES else identifier
     return stems

@@ -13,7 +13,7 @@ from tuner.errors import DataError, Field
 
 @dataclass(frozen=True, order=True)
 class Reject:
-    """One manifest row that is left out. `reason` is a short phrase shared by all rows with the same fault."""
+    """One manifest row that is dropped. `reason` is a short phrase shared by all rows with the same fault."""
 
     row: int
     audio: str

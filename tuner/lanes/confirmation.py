@@ -28,7 +28,7 @@ class FrontQueue:
 
     @property
     def answer(self) -> Confirmation:
-        """What the driver is told now."""
+        """The answer to the driver now."""
         if self._reason:
             return Confirmation(reason=self._reason)
         if self.left:
@@ -36,7 +36,7 @@ class FrontQueue:
         return Confirmation(points=[self._measured[trial] for trial in self._trials])
 
     def take(self, lane: str) -> Candidate | None:
-        """The trial that this lane measures next: the one that it was told before, if it never reported that."""
+        """The trial that this lane measures next: the one it was given before, if it never reported that one."""
         if not self.left:
             return None
         open_trials = [trial for trial in self._trials if trial not in self._measured]

@@ -1,7 +1,7 @@
 """Who trains what: the calls of trials, lanes and driver, on one event loop. Ray only hosts it as a named actor.
 
 A trial submits its configuration, receives a lease and then waits for its epochs one by one. A lane polls for work,
-reports epochs and is told what to drop. Nothing here must survive: a trial that finds its lease unknown submits again,
+reports epochs and learns what to drop. Nothing here must survive: a trial that finds its lease unknown submits again,
 a lane that finds itself unknown registers again, with the number format that was agreed, and drops adapters that are
 unknown; training goes on from the checkpoint on disk.
 
@@ -171,7 +171,7 @@ class Coordinator:
         self._wake()
 
     async def precision(self) -> Precision | None:
-        """The number format the first lane measured or was told."""
+        """The number format that the first lane measured or was given."""
         return self._lanes.precision
 
     # Answers as they are now

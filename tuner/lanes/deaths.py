@@ -49,7 +49,7 @@ class Deaths:
             nodes: where its workers were.
             held: trials that it had.
             alone: the one of them that it was training by itself.
-            words: the last it said, if it said anything.
+            words: its last message, if there was one.
         """
         if not held:
             self._of_lanes[lane].append(nodes)
@@ -74,7 +74,7 @@ class Deaths:
         return next((trial for trial in trials if self._count(self._of_trials.get(trial, []))), None)
 
     def forget_trial(self, trial: str) -> None:
-        """It has finished an epoch, or begins anew."""
+        """It has finished an epoch, or starts again."""
         self._of_trials.pop(trial, None)
 
     def forget_lane(self, lane: str) -> None:
@@ -83,5 +83,5 @@ class Deaths:
         self._killers.pop(lane, None)
 
     def _count(self, deaths: list[Nodes]) -> int:
-        """Deaths on nodes that are still there; looked at anew each time, since a node's end is noticed late."""
+        """Deaths on nodes that are still there; checked again each time, since a node's end is noticed late."""
         return sum(self._alive is None or nodes <= self._alive for nodes in deaths)

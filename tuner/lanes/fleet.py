@@ -31,7 +31,7 @@ from tuner.train.results import Candidate
 # The embedded Ray moves only small dictionaries; its default store would reserve a third of the machine's memory.
 LOCAL_OBJECT_STORE_BYTES = 200 * 1024**2
 STOP_SECONDS = 20.0
-# A cloud may take minutes to bring a machine; Ray Train would give a lane up after one, to ask anew.
+# A cloud may take minutes to bring a machine; Ray Train would give up a lane after one minute and ask again.
 CLOUD_START_SECONDS = "1800"
 
 

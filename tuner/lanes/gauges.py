@@ -1,4 +1,4 @@
-"""What a lane's worker tells of itself, as metrics of Ray and in its log: its time, its speed, what it holds.
+"""What a lane's worker reports of itself, as metrics of Ray and in its log: its time, its speed, what it holds.
 
 Prometheus asks every few seconds, so nothing here is set more often than once a second inside an epoch.
 """

@@ -59,7 +59,7 @@ class Guard:
             self.patience.outlast(path, lambda: member.save(path), (OSError, RuntimeError))
             self.files.keep(member.trial, member.config.model_dump(mode="json"))
         except TunerError as error:
-            # Told, not raised: the other ranks are on their way to the next step, and wait for this one there.
+            # Reported, not raised: the other ranks are on their way to the next step, and wait for this one there.
             self.tell("fatal", str(error))
             return False
         return True

@@ -64,7 +64,7 @@ def lane_device() -> torch.device:
 
 
 def host_share() -> int:
-    """CPUs that one GPU's worker may use on this node, whatever nodes the others are on."""
+    """CPUs that one GPU's worker may use on this node, independent of the other workers' nodes."""
     node = present_nodes()[ray.get_runtime_context().get_node_id()]
     return node_group(node).threads
 
@@ -255,7 +255,7 @@ class LaneWorker:
 
     @contextmanager
     def _last_words(self) -> Iterator[None]:
-        """Tell the coordinator what this worker, on whatever rank, is about to die of."""
+        """Report to the coordinator what this worker, on any rank, is about to die of."""
         try:
             yield
         except (TrialFailed, LaneLeaves):

@@ -1,4 +1,4 @@
-"""The lanes of a study: which are up, what they said, which of them end. Plain values, no Ray."""
+"""The lanes of a study: which are up, what they reported, which of them end. Plain values, no Ray."""
 
 from __future__ import annotations
 

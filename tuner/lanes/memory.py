@@ -4,7 +4,7 @@ Training on a CPU meets ever new matrix shapes, and torch keeps what it made for
 torch's layer above it (ideep) 1,024 more with their buffers, 10 MB a step that never come back. Kept small, the heap of
 a worker stays at what one step needs, at no measurable cost (docs/log.md). One malloc arena instead of one for each
 thread saves a little more. Each step needs the same memory again, so malloc gives none back in between: asking the
-kernel for it anew cost 3 % of the time.
+kernel for it again cost 3 % of the time.
 """
 
 from __future__ import annotations

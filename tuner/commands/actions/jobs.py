@@ -92,7 +92,7 @@ def follow_logs(study: str, address: str, json: bool) -> None:
 
 
 def stop_study(study: str, address: str) -> None:
-    """End a search, and print how to go on with it."""
+    """End a search, and print the command that resumes it."""
     cluster = connect(address)
     ended = cluster.stop(cluster.find(study))
     tell(f"study {study}: {ended.state.lower()}{_how_to_go_on(cluster, ended, address)}")
@@ -128,7 +128,7 @@ def _how_to_go_on(cluster: Cluster, job: StudyJob, address: str) -> str:
         return ""
     # To be pasted into a shell, and what is in it came from the cluster.
     again = ["tuner", "search", "--resume", job.study, "--runs", str(folder.parent), "--address", address]
-    return f"; go on with `{shlex.join(again)}`"
+    return f"; resume it with `{shlex.join(again)}`"
 
 
 def _shown(cluster: Cluster, search: Submitted, space: str) -> tuple[str, str]:

@@ -41,7 +41,7 @@ LOST = 2
 
 @dataclass(frozen=True)
 class DriverOptions:
-    """What one driver is told, and the study does not keep."""
+    """Options of one driver, which the study does not keep."""
 
     address: str | None
     dashboard: bool
@@ -164,7 +164,7 @@ def start_study(
 def resume_study(
     place: Place, study: str, trials: int | None, typed: Mapping[str, Typed], driver: DriverOptions
 ) -> None:
-    """Go on with a study.
+    """Resume a study.
 
     Args:
         typed: the options on the command line; those that the study has fixed otherwise are refused.

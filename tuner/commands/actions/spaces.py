@@ -17,7 +17,7 @@ def show_space(space: SearchSpace, encoder: str | None, text_dim: int) -> None:
     reference = EncoderRef(source=encoder or str(audio_encoder_folder()))
     spec = inspect_encoder(choose_path(reference, None, space))
     if encoder is None and set(space.placements) - {"tower"}:
-        # The default is a tower alone; whoever names an encoder is told that it does not fit.
+        # The default is a tower alone; for an encoder that the user names, a misfit is reported.
         sizes = "name with --encoder a model that has a language model"
     else:
         smallest, largest = space.parameter_range(lambda config: trainable_parameters(spec, config, text_dim))

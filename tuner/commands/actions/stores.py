@@ -98,7 +98,7 @@ def encoder_of(store: Store, choice: DataChoice) -> EncoderRef:
 
 
 def choose_path(encoder: EncoderRef, path: str | None, space: SearchSpace) -> EncoderRef:
-    """The encoder with the path that was asked for, or else the shortest that the space needs, which is then said.
+    """The encoder with the path that was asked for, or else the shortest that the space needs, which is then printed.
 
     Raises:
         ConfigError: there is no such path.
@@ -107,7 +107,7 @@ def choose_path(encoder: EncoderRef, path: str | None, space: SearchSpace) -> En
     if path is not None:
         return EncoderRef.parse({**encoder.model_dump(), "path": path}, "--path")
     beyond = [placement for placement in space.placements if placement != "tower"]
-    # Without a language model to run, the placement is what is wrong, and is said to be.
+    # Without a language model to run, the placement is what is wrong, and the error names it.
     if not beyond or inspect_encoder(encoder).language_model_path is None:
         return encoder
     say(f"space {space.name} adapts the language model ({', '.join(beyond)}): taking --path full_forward")

@@ -20,7 +20,7 @@ from tuner.service.cluster_files.mistakes import (
 
 Values = Mapping[str, Any]
 
-# Families whose machines have GPUs whatever the file says of resources.
+# Families whose machines have GPUs even if the file gives no resources.
 GPU_MACHINES = re.compile(r"^(p\d|g\d|a\d+-|a\d[a-z]*\.|gr\d)")
 WORLD = ("0.0.0.0/0", "::/0")
 SSH_PORT = 22
@@ -55,7 +55,7 @@ def _is_local(values: Values) -> bool:
 
 
 def _defaults(values: Values) -> dict[str, Any]:
-    """What Ray takes for keys that the file leaves out."""
+    """Ray's defaults for keys that the file omits."""
     from ray.autoscaler._private.providers import _get_default_config
 
     try:
@@ -123,7 +123,7 @@ def _pin_mistakes(values: Values) -> Iterator[Mistake]:
         for requirement in _ray_requirements(command):
             pinned = True
             if requirement != locked_ray():
-                said = f"installs Ray {requirement}" if requirement else "installs whatever Ray is newest"
+                said = f"installs Ray {requirement}" if requirement else "installs the newest Ray"
                 yield Mistake(where, f"{said}, but the lock has {locked_ray()}; install requirements.lock")
     if not pinned:
         yield Mistake("setup_commands", "nothing here pins Ray; install the lock with `make -C ~/tuner install`")

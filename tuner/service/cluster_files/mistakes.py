@@ -16,7 +16,7 @@ MOVING_TAGS = ("", "latest", "nightly")
 
 
 class Mistake(NamedTuple):
-    """One thing to mend: the place in the file as a dotted path, and what to do in one sentence."""
+    """One thing to fix: the place in the file as a dotted path, and what to do in one sentence."""
 
     where: str
     sentence: str

@@ -37,10 +37,10 @@ def bundle_lines(folder: Path, names: Iterable[str]) -> Iterator[str]:
     """The lines of some files of a study, which may be written to meanwhile.
 
     Args:
-        names: paths below `folder`; one that is not there is left out.
+        names: paths below `folder`; one that is missing is omitted.
 
     Raises:
-        StudyError: they are larger than a bundle may be; nothing has been said then.
+        StudyError: they are larger than a bundle may be; nothing was printed then.
     """
     present = [name for name in names if (folder / name).is_file()]
     size = sum((folder / name).stat().st_size for name in present)
@@ -82,7 +82,7 @@ class BundleReader:
 
     Args:
         folder: exists and is empty; the caller throws it away if the bundle does not come whole.
-        on_bytes: told how many bytes have come in all, and how many are announced so far.
+        on_bytes: called with how many bytes have come in all, and how many are announced so far.
     """
 
     def __init__(self, folder: Path, on_bytes: Callable[[int, int], None] | None = None) -> None:
@@ -113,7 +113,7 @@ class BundleReader:
             raise _refusal(f"a line of it is damaged ({type(error).__name__})") from None
 
     def close(self) -> None:
-        """Let go of a file that did not come whole."""
+        """Close a file that is incomplete."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -136,7 +136,7 @@ class BundleReader:
         if self._file is None:
             raise _refusal("it has data outside its files")
         unpacker = zlib.decompressobj()
-        # Never more than is left of the file, whatever a small piece may unpack to.
+        # Never more than is left of the file, even if a small piece unpacks to much more.
         data = unpacker.decompress(base64.b64decode(piece, validate=True), self._left + 1)
         if len(data) > self._left or not unpacker.eof:
             raise _refusal(f"{self.names[-1]} is longer than announced")

@@ -55,7 +55,7 @@ def connect(address: str) -> Cluster:
     """The cluster whose dashboard answers at this URL.
 
     Raises:
-        StudyError: nobody answers there, or the token is missing or wrong.
+        StudyError: nothing answers there, or the token is missing or wrong.
     """
     import requests
     from ray.exceptions import AuthenticationError
@@ -65,13 +65,13 @@ def connect(address: str) -> Cluster:
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
     try:
         client = JobSubmissionClient(address, headers=_token_header())
-        # The version is told to anyone; whether the token is right shows here.
+        # Anyone may read the version; this call checks the token.
         client.list_jobs()
     except AuthenticationError:
         raise _no_token(address) from None
     except (ConnectionError, requests.exceptions.RequestException):
         raise StudyError(
-            Field("address"), f" {address}: nobody answers; is `ray dashboard cluster.yaml` running?"
+            Field("address"), f" {address}: no Ray dashboard answers; is `ray dashboard cluster.yaml` running?"
         ) from None
     except RuntimeError as error:
         if "status code 401" in str(error) or "status code 403" in str(error):
@@ -101,7 +101,7 @@ def _token_header() -> dict[str, str]:
 
 
 def _no_token(address: str) -> StudyError:
-    return StudyError(Field("address"), f" {address}: the cluster wants its token; put it into ~/{TOKEN_FILE}")
+    return StudyError(Field("address"), f" {address}: the cluster requires its token; put it into ~/{TOKEN_FILE}")
 
 
 class Cluster:
@@ -152,7 +152,7 @@ class Cluster:
             except RuntimeError as error:
                 # A head that was started just now, or has much to do.
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise StudyError(f"the cluster takes no job: {' '.join(str(error).split())[:300]}") from None
+                    raise StudyError(f"the cluster refused the job: {' '.join(str(error).split())[:300]}") from None
 
     def studies(self) -> list[StudyJob]:
         """All searches that the cluster remembers, the latest first."""

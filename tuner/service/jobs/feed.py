@@ -20,7 +20,7 @@ class EventFeed:
     """Passes lines on: events to the view, other words of the search to `say`, lines of Ray's to nobody.
 
     Args:
-        say: told what the search printed for people, such as the sentence that it ended with.
+        say: called with what the search printed for people, such as the sentence that it ended with.
     """
 
     def __init__(self, view: View, say: Callable[[str], None]) -> None:

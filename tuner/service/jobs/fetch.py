@@ -45,8 +45,8 @@ class ClusterSource:
     """A study on a cluster.
 
     Args:
-        run_dir: the study's folder on the head; None: what its search said, as long as the cluster remembers it.
-        on_bytes: told the bytes received and announced so far.
+        run_dir: the study's folder on the head; None: what its search printed, as long as the cluster remembers it.
+        on_bytes: called with the bytes received and announced so far.
 
     Raises:
         ConfigError: no such study on this cluster.

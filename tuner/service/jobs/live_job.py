@@ -37,7 +37,7 @@ class WatchedJob:
         self._telling, self._fetching = threading.Lock(), threading.Lock()
         self._lost: TunerError | None = None
         self._failed: TunerError | None = None
-        # Events told, and whether the search had ended, when the records were fetched.
+        # Events shown, and whether the search had ended, when the records were fetched.
         self._fetched: tuple[int, bool] = (0, False)
         self._study, self._generation, self._fetched_at = self._fetch(), 0, time.monotonic()
         threading.Thread(target=self._follow, daemon=True, name="follow").start()
