@@ -386,7 +386,7 @@ def test_the_command_lists_mistakes_and_exits_with_2(
     assert all(line.startswith(f"{REPOSITORY / 'cluster.yaml'}: ") for line in lines)
     assert (
         printed.err
-        == f"tuner: {REPOSITORY / 'cluster.yaml'}: 3 mistakes, listed above; mend the file and check it again\n"
+        == f"tuner: {REPOSITORY / 'cluster.yaml'}: 3 mistakes, listed above; fix the file and check it again\n"
     )
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump_all(filled("cluster.yaml")))
     assert run(["check", tmp_path / "mine.yaml"], monkeypatch) == 0

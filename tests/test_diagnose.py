@@ -463,7 +463,7 @@ def test_lora_on_a_language_model_that_never_runs(qwen: Path) -> None:
     found = diagnose(qwen_request(qwen, trial=trial), "fp32")
     assert states(found)["backward"] == states(found)["strategy"] == "error"
     for step in found.steps[5:]:
-        assert "which the path audio_tower never runs; give --path full_forward" in said(step, "error")[0]
+        assert "which the path audio_tower never runs; give path full_forward" in said(step, "error")[0]
     full = EncoderRef(source=str(qwen), path="full_forward")
     found = diagnose(qwen_request(qwen, encoder=full, trial=trial), "fp32")
     assert found.count("error") == 0, found.to_dict()

@@ -83,7 +83,7 @@ def test_a_store_of_another_encoder_is_found(terminal: Terminal, tiny: Tiny) -> 
         (["--data", "nowhere"], "nowhere: no such manifest or store"),
         (["--adapter", "nowhere"], "nowhere: no such folder"),
         (["--space", "nonesuch"], "nonesuch"),
-        (["--precision", "fp8"], "--precision fp8: give auto, bf16 or fp32"),
+        (["--precision", "fp8"], "--precision fp8: give auto, bf16, fp32"),
         (["--path", "shortcut"], "--path: path:"),
         (["--placement", "cellar"], "placement"),
     ],

@@ -104,4 +104,4 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
 ) -> None:
     (tmp_path / "file").touch()
     assert monitoring(monkeypatch, str(tmp_path / "file")) == 2
-    assert "cannot be written (" in capsys.readouterr().err
+    assert "is a file; give a folder" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_the_head_is_as_wide_as_the_place_where_the_embedding_leaves(spec: Encod
 @pytest.mark.parametrize("placement", ["language_model", "both"])
 def test_a_language_model_that_does_not_run_is_refused(tiny_qwen: Tiny, tmp_path: Path, placement: Placed) -> None:
     with pytest.raises(
-        PlacementError, match=rf"{placement} adapts .* the path audio_tower never runs; give --path full_forward"
+        PlacementError, match=rf"{placement} adapts .* the path audio_tower never runs; give path full_forward"
     ):
         resolve_placement(inspect_encoder(tiny_qwen.encoder), lora(placement))
     whisper = inspect_encoder(EncoderRef(source=str(write_encoder(tmp_path / "whisper"))))

@@ -146,7 +146,7 @@ def test_audiocaps_as_published(tmp_path: Path, form: str) -> None:
     header = "audiocap_id,youtube_id,start_time,caption\n"
     text = header + "103549,7fmOlUlwoNg,20,Constant rattling\n103541,6BJ455B1aAs,0,A rocket flies\n1,zzz,3,gone\n"
     path = written(tmp_path, "test.csv", text)
-    refused(path, "no recording named by one", "7fmOlUlwoNg.wav", "--audio-root")
+    refused(path, "no recording named by one", "7fmOlUlwoNg.wav", "audio_root")
     for number, video, start in (("103549", "7fmOlUlwoNg", 20), ("103541", "6BJ455B1aAs", 0)):
         written(tmp_path, form.format(number=number, video=video, start=start) + ".wav", b"sound")
     rows = read_manifest(path)

@@ -106,7 +106,7 @@ def test_the_front_says_everything(search: Search) -> None:
     front = search.runs.front()
     assert (front["study"], front["baseline"]) == (STUDY, "t0000")
     goals = [("recall@1", "maximize"), ("trainable_parameters", "minimize")]
-    assert [(goal["metric"], goal["direction"]) for goal in front["objectives"]] == goals
+    assert [(goal["name"], goal["direction"]) for goal in front["objectives"]] == goals
     spec = inspect_encoder(search.runs.tiny.encoder)
     for point in front["points"]:
         config = TrialConfig.model_validate(point["config"])
@@ -161,6 +161,8 @@ def evaluated(
         cli.main()
     assert not ended.value.code
     values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert values.pop("data") == str(runs.tiny.store_folder)
+    assert (values.pop("clips"), values.pop("captions")) == (12, 7)
     del values["adapter"], values["split"]
     return values
 

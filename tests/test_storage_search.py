@@ -259,4 +259,7 @@ def test_a_study_of_this_name_in_the_bucket_is_not_overwritten(moved: Moved, tin
     with machine.driver(*machine.new("--trials", 1)) as driver:
         ended = driver.wait()
     assert ended.code == 2
-    assert f"study {STUDY} exists in s3://tuner/moved; go on with `--resume {STUDY} --storage s3://" in ended.err
+    assert (
+        f"study {STUDY} exists in s3://tuner/moved; resume it with `tuner search --resume {STUDY} --storage s3://"
+        in ended.err
+    )

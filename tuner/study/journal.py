@@ -183,7 +183,7 @@ def epoch_row(event: EpochDone) -> Row:
 
 def _whole(value: float) -> Cell:
     # The number of operations of a large encoder does not fit into the table's 64-bit integers.
-    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
 
 
 def _ends_with_newline(path: Path) -> bool:
