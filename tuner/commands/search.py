@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel
 
-from tuner.commands.options import AudioRoot, Typed, typed_words
+from tuner.commands.options import AudioRoot, Typed, typed, typed_words
 from tuner.commands.paths import check_output_folder
 from tuner.config import RunSettings
 from tuner.errors import ConfigError
@@ -125,7 +125,7 @@ def search(
     if dry_run and resume is not None:
         raise ConfigError("--dry-run estimates new studies only; drop --resume")
     patience_seconds()  # A value that means nothing is refused now, not when a disk is full.
-    typed = _typed(context)
+    written = _typed(context)
     driver = run_search.DriverOptions(
         address=address,
         dashboard=dashboard,
@@ -142,11 +142,11 @@ def search(
         search_there = jobs.Submitted(space, data, encoder, audio_root, study, resume, runs, storage, words)
         run_search.submit(search_there, driver)
         return
-    place = run_search.place_of_studies(runs, storage, address, runs_typed="runs" in typed, dry_run=dry_run)
+    place = run_search.place_of_studies(runs, storage, address, runs_typed="runs" in written, dry_run=dry_run)
     if not dry_run:
         check_output_folder("runs", place.runs)
     if resume is not None:
-        run_search.resume_study(place, resume, trials, typed, driver)
+        run_search.resume_study(place, resume, trials, written, driver)
         return
     wanted = run_search.NewStudy(
         space=space,
@@ -171,10 +171,5 @@ def search(
 
 def _typed(context: typer.Context) -> Mapping[str, Typed]:
     """The options that the user typed, by the names of their parameters."""
-    found: dict[str, Typed] = {}
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            found[name] = Typed(parameter.opts[0], context.params[name])
-    return found
+    names = {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
+    return {name: Typed(flag, context.params[name]) for name, flag in names.items() if typed(context, name)}

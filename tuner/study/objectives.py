@@ -6,7 +6,6 @@ which scale values are compared, or from which corner a hypervolume is measured.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from pydantic import BeforeValidator, JsonValue
 
 from tuner.config import Frozen
 from tuner.errors import ConfigError
+from tuner.near import nearest
 
 Direction = Literal["maximize", "minimize"]
 Scale = Literal["linear", "log"]
@@ -22,7 +22,7 @@ Kind = Literal["measured", "known"]
 
 TRAINABLE_PARAMETERS = "trainable_parameters"
 LORA_PARAMETERS = "lora_parameters"
-# Finding the closest name takes time quadratic in its length.
+# Of a name that an error quotes.
 MAX_NAME = 100
 
 
@@ -85,8 +85,8 @@ def objective_named(name: str) -> Objective:
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     shown = name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
-    near = difflib.get_close_matches(name, OBJECTIVES, n=1) if len(name) <= MAX_NAME else []
-    hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(OBJECTIVES)}"
+    match = nearest(name, OBJECTIVES)
+    hint = f"did you mean {match}?" if match else f"give one of {', '.join(OBJECTIVES)}"
     raise ConfigError(f"objective {shown}: is not a known metric or cost; {hint}")
 
 
