@@ -1,7 +1,7 @@
 """How the speed decomposes: one epoch of the project's own training core, one lever after another, on the same clips.
 
-It starts as the peer computes (30 s of padding, fp32, features anew each epoch, torch's dropout) and ends as the
-project does. Every row keeps the levers of the rows above, so their factors multiply to the whole.
+It starts as the peer computes (30 s of padding, fp32, features computed again in each epoch, torch's dropout) and ends
+as the project does. Every row keeps the levers of the rows above, so their factors multiply to the whole.
 
 Shapes: B clips, T tokens of the longest clip, N tokens of all clips, D width.
 """

@@ -50,7 +50,7 @@ def read_captions(manifest: Path) -> list[str]:
 
 
 class Recordings(Dataset[tuple[np.ndarray, int]]):
-    """Waveform and caption number of each recording of a split, decoded anew each time."""
+    """Waveform and caption number of each recording of a split, decoded each time."""
 
     def __init__(self, manifest: Path, split: str, captions: list[str]) -> None:
         self.rows = [row for row in read_rows(manifest) if row["split"] == split]

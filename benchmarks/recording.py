@@ -1,4 +1,4 @@
-"""Record a real search for `benchmarks.scale`: `python -m benchmarks.recording` writes `recorded_search.json` anew.
+"""Record a real search for `benchmarks.scale`: `python -m benchmarks.recording` writes `recorded_search.json`.
 
 It searches the demo from the command line, as `make search` does, or reads a finished study (`--study`); then the same
 Tune and the same coordinator run without training, to say what stands between trials (`overheads.py`).

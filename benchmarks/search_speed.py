@@ -126,7 +126,7 @@ def show_times(ours: Ours, peer: Session, trials: list[dict[str, Any]]) -> None:
     rows = (
         ("training and validation, trials with LoRA", peer_working, our_working),
         ("outside training, each trial", peer_outside, ours.times.outside_each),
-        ("prepare (the peer does it anew in training)", None, ours.prepare.seconds),
+        ("prepare (the peer does it in training, in each epoch)", None, ours.prepare.seconds),
         ("search", peer.seconds, ours.search.seconds),
         ("search and prepare", peer.seconds, ours.seconds),
     )

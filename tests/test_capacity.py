@@ -165,7 +165,7 @@ def test_more_than_max_gpus_is_refused_before_anything_starts(options: dict[str,
 @pytest.mark.parametrize(
     ("options", "capacity", "said"),
     [
-        ({"lanes": 9}, GROWS, "need 9 GPUs; the cluster has 0 and its autoscaler may bring 8$"),
+        ({"lanes": 9}, GROWS, "need 9 GPUs; the cluster has 0 and its autoscaler may add 8$"),
         ({"lanes": 5}, STAYS, "lanes 5 with workers 1 need 5 GPUs; there are 4$"),
         ({"workers": 5}, STAYS, "lanes 1 with workers 5 need 5 GPUs; there are 4$"),
         ({"lanes": 3}, Capacity((NodeGroup(2, 0),)), "lanes 3 with workers 1 need as many CPUs; there are 2$"),

@@ -211,7 +211,7 @@ def test_an_epoch_between_them_makes_deaths_harmless() -> None:
 
 
 def test_a_coordinator_that_was_started_again_learns_of_its_lanes_before_it_gives_orders() -> None:
-    """And with them the number format: a lane that starts anew must not bring another one into the study."""
+    """And with them the number format: a lane that starts again must not bring another one into the study."""
 
     async def scenario(lane: Lane) -> None:
         lease = await lane.coordinator.submit("t0", CONFIG)

@@ -119,7 +119,7 @@ def test_every_epoch_is_told_once(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize("fault", DISTURBED)
 def test_a_disturbed_trial_goes_on_from_its_last_epoch(faulty: Faulty, fault: str) -> None:
-    """What its checkpoint remembers, training times included, is what was told before; anew, they would differ."""
+    """Its checkpoint has what was reported before, training times included; measured again, they would differ."""
     trial, before = DISTURBED[fault], faulty.before[fault]
     assert CAUGHT <= len(before) < EPOCHS, "it was disturbed in the middle"
     history = torch.load(faulty.runs.study / "checkpoints" / f"{trial}.pt", weights_only=True)["history"]

@@ -475,7 +475,7 @@ def test_what_the_head_cannot_find_is_its_sentence(
     given = ["report", "lost", "--address", address]
     assert tuner(monkeypatch, *given) == 2
     assert f"study lost: not on this cluster, which knows {STUDY}" in capsys.readouterr().err
-    # A cluster that was started anew knows no search, but its disk may have the study.
+    # A cluster that was started again knows no search, but its disk may have the study.
     assert tuner(monkeypatch, *given, "--runs", study.parent) == 2
     assert f"{study.parent}/lost: no study here" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -89,7 +89,7 @@ def test_a_disk_that_stays_full_is_one_sentence_and_leaves_a_whole_journal(
     waited = clock.now
     with pytest.raises(StudyError, match="the storage has failed"):
         journal.end("t0000", "stopped")
-    assert clock.now == waited, "what has been waited for in vain is not waited for again"
+    assert clock.now == waited, "what did not come within its patience is not waited for again"
     journal.close()
     with closing(Journal(StudyFolder(tmp_path))) as again:
         assert epochs_of(again) == []

@@ -420,7 +420,7 @@ def test_suggestions_are_those_of_the_database_itself() -> None:
 
 
 def test_a_suggestion_reads_nothing_from_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading all running trials anew is what made suggestions slow with many of them."""
+    """Reading all running trials each time is what made suggestions slow with many of them."""
     searcher = Bench(tmp_path).searcher(trials=module.STARTUP_TRIALS + 3)
     run(searcher, most=module.STARTUP_TRIALS + 1)
 

@@ -242,7 +242,7 @@ def test_a_store_runs_nothing(
 ) -> None:
     folder = tmp_path / "store"
     shutil.copytree(tiny.store_folder, folder)
-    # Not mapped: the file is written anew.
+    # Not mapped: the file is written again.
     table = pa.ipc.open_file((folder / file).read_bytes()).read_all()
     bombs = pa.concat_arrays([objects] * len(table))
     spoilt = table.set_column(table.schema.get_field_index(column), column, bombs)

@@ -213,10 +213,10 @@ def test_a_moment_of_trouble_is_waited_out(server: BucketServer, trouble: str) -
     attempts = len(server.requests)
     with ExitStack() as over:
         over.enter_context(server.full() if trouble == "full" else server.away())
-        mending = threading.Timer(1.5, over.pop_all().close)
-        mending.start()
+        repair = threading.Timer(1.5, over.pop_all().close)
+        repair.start()
         storage.write("name", b"x")
-        mending.join()
+        repair.join()
     if trouble == "full":
         assert len(server.requests) - attempts > 4, "refused at first"
     assert storage.read("name") == b"x"

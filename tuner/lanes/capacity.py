@@ -1,4 +1,4 @@
-"""What a Ray cluster has and what its autoscaler may bring, in places for workers.
+"""What a Ray cluster has and what its autoscaler may add, in places for workers.
 
 Ray publishes the second on hosted platforms alone (`ClusterConfig` in its GCS; nothing in Ray itself writes it). So
 what the autoscaler itself reads is read here: the file that the monitor on the head was started with, or the RayCluster

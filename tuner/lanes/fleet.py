@@ -146,7 +146,7 @@ class FleetSize:
 
 
 def size_fleet(options: FleetOptions, trials: int, capacity: Capacity) -> FleetSize:
-    """Fit the lanes to what the cluster has and its autoscaler may bring.
+    """Fit the lanes to what the cluster has and its autoscaler may add.
 
     Args:
         trials: of the study; more lanes than that would have nothing to do.
@@ -178,7 +178,7 @@ def _supply(capacity: Capacity, count: Callable[[Iterable[NodeGroup]], int]) -> 
     have = count(capacity.present)
     if capacity.possible is None:
         return f"there are {have}{_unread(capacity)}"
-    return f"the cluster has {have} and its autoscaler may bring {max(0, count(capacity.possible) - have)}"
+    return f"the cluster has {have} and its autoscaler may add {max(0, count(capacity.possible) - have)}"
 
 
 def _unread(capacity: Capacity) -> str:

@@ -48,8 +48,11 @@ class Guard:
         self._asked = self._saved = time.monotonic()
 
     def save(self, member: Member) -> bool:
-        """Write a member's checkpoint, waiting out a disk that is full or away; False when that was in vain, which ends
-        the search."""
+        """Write a member's checkpoint, trying again while a disk is full or unreachable.
+
+        Returns:
+            False when that did not help, which ends the search.
+        """
         self._saved = time.monotonic()
         if self.rank != 0:
             return True

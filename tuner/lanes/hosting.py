@@ -1,7 +1,7 @@
 """Where a lane is hosted: a thread of the driver that runs its Ray Train run and waits for its end.
 
 Train's internals that are used here, and by no other module: its workers' class is an attribute of the worker group,
-and each lane has a controller, hence a process, of its own, so that a callback there can put a subclass in its place.
+and each lane has a controller, and so a process, of its own, so that a callback there can put a subclass in its place.
 """
 
 from __future__ import annotations
