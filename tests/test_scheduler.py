@@ -14,7 +14,7 @@ from scripted_rule import Scripted
 
 from tuner.config import TrialConfig
 from tuner.search.scheduler import RungScheduler
-from tuner.search.stopping import NeverStop, StoppingRule
+from tuner.search.stopping import GO_ON, NeverStop, StoppingRule, Verdict
 from tuner.study.events import EpochDone, TrialEnded, TrialEvent, TrialStarted
 from tuner.study.history import Trial
 from tuner.study.rungs import Decision
@@ -104,9 +104,9 @@ def test_a_rule_knows_the_trial_its_cost_and_the_others() -> None:
     class Asked(NeverStop):
         rungs = (1,)
 
-        def decide(self, trial: Trial, others: Sequence[Trial]) -> Decision:
+        def decide(self, trial: Trial, others: Sequence[Trial]) -> Verdict:
             asked.append(copy.deepcopy((trial, list(others))))
-            return Decision.GO_ON
+            return GO_ON
 
     before: list[TrialEvent] = [
         TrialStarted(trial="t0000", origin="sampled", config=TrialConfig()),
@@ -174,8 +174,8 @@ def test_a_paused_trial_that_the_rule_gives_up_is_stopped() -> None:
     class GivesUp(NeverStop):
         rungs = (1,)
 
-        def decide(self, trial: Trial, others: Sequence[Trial]) -> Decision:
-            return Decision.STOP if len(others) > 1 else Decision.PAUSE
+        def decide(self, trial: Trial, others: Sequence[Trial]) -> Verdict:
+            return Verdict(Decision.STOP if len(others) > 1 else Decision.PAUSE)
 
     tune = Tune(GivesUp(), places=2)
     paused = tune.run(0)

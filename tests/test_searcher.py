@@ -12,10 +12,11 @@ import pytest
 from optuna.trial import TrialState
 
 from tuner.config import LoraSpec, OptimSpec, TrialConfig
-from tuner.search import searcher as module
 from tuner.search.request import RECOMMENDATION, fixed_configurations
-from tuner.search.searcher import FINISHED, NOT_NOW, StudySearcher
+from tuner.search.sampling.library import STARTUP_TRIALS, optuna_sampler
+from tuner.search.searcher import FINISHED, LOSSES_PER_TRIAL, NOT_NOW, StudySearcher
 from tuner.space import SearchSpace, load_space
+from tuner.study.config import SAMPLERS, SamplerName
 from tuner.study.events import BASELINE, RECOMMENDED
 from tuner.study.objectives import TRAINABLE_PARAMETERS, Objective, choose_objectives
 
@@ -45,9 +46,21 @@ class Bench:
         storage = optuna.storages.RDBStorage(self.url)
         return optuna.create_study(storage=storage, study_name="s", directions=directions, load_if_exists=True)
 
-    def searcher(self, trials: int = 4, seed: int = 0) -> StudySearcher:
-        fixed = fixed_configurations()
-        return StudySearcher(self.study(), self.space, self.objectives, known, fixed, trials, {"epochs": 2}, seed)
+    def searcher(
+        self, trials: int = 4, seed: int = 0, sampler: SamplerName = "tpe", max_parameters: int | None = None
+    ) -> StudySearcher:
+        return StudySearcher(
+            self.study(),
+            self.space,
+            self.objectives,
+            known,
+            fixed_configurations(),
+            trials,
+            {"epochs": 2},
+            seed,
+            sampler,
+            max_parameters,
+        )
 
 
 def result_of(suggestion: dict[str, Any]) -> dict[str, Any]:
@@ -142,8 +155,8 @@ def test_the_study_is_told_the_truth(
 def test_the_search_goes_on_after_stopped_and_failed_trials(tmp_path: Path) -> None:
     """TPE itself must cope with them, also once it models (after its startup trials)."""
     bench = Bench(tmp_path)
-    searcher = bench.searcher(trials=module.STARTUP_TRIALS + 3)
-    for number in range(module.STARTUP_TRIALS + 3):
+    searcher = bench.searcher(trials=STARTUP_TRIALS + 3)
+    for number in range(STARTUP_TRIALS + 3):
         suggestion = searcher.suggest(f"tune-{number}")
         outcome = result_of(suggestion) | {"final": number % 3 != 1}
         searcher.on_trial_complete(f"tune-{number}", outcome if number % 4 else {"failed": "out of memory"})
@@ -226,7 +239,7 @@ def test_a_trial_whose_own_actor_died_is_suggested_again(tmp_path: Path) -> None
 def test_a_trial_whose_actor_dies_again_and_again_fails(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     searcher = bench.searcher(trials=1)
-    for attempt in range(module.LOSSES_PER_TRIAL):
+    for attempt in range(LOSSES_PER_TRIAL):
         assert searcher.suggest(str(attempt))["trial"] == "t0000"
         searcher.on_trial_complete(str(attempt), None, error=True)
     assert states(bench) == [TrialState.FAIL]
@@ -254,66 +267,64 @@ def test_failed_trials_count_towards_the_total(tmp_path: Path) -> None:
     assert bench.searcher(trials=3).remaining == 0
 
 
-TRIALS = module.STARTUP_TRIALS + 3  # some drawn at random, then some by the model
+TRIALS = STARTUP_TRIALS + 3  # some drawn at random, then some by the model
+
+
+@pytest.fixture(scope="module", params=SAMPLERS)
+def sampler(request: pytest.FixtureRequest) -> SamplerName:
+    name: SamplerName = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def whole(sampler: SamplerName, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What a study of seed 3 suggests that nobody interrupts."""
-    return run(Bench(tmp_path_factory.mktemp("whole")).searcher(TRIALS, seed=3))
+    return run(Bench(tmp_path_factory.mktemp("whole")).searcher(TRIALS, 3, sampler))
 
 
-def test_the_same_seed_gives_the_same_suggestions(tmp_path: Path, whole: list[dict[str, Any]]) -> None:
+def test_the_same_seed_gives_the_same_suggestions(
+    tmp_path: Path, sampler: SamplerName, whole: list[dict[str, Any]]
+) -> None:
     for name, seed in (("same", 3), ("other", 4)):
         (tmp_path / name).mkdir()
-        told = run(Bench(tmp_path / name).searcher(TRIALS, seed))
+        told = run(Bench(tmp_path / name).searcher(TRIALS, seed, sampler))
         assert (told == whole) == (name == "same")
     sampled = [[s["config"] | {"seed": 0} for s in suggestions[2:]] for suggestions in (whole, told)]
     assert all(ours != theirs for ours, theirs in zip(*sampled, strict=True))
     assert len({str(config) for config in sampled[0]}) == TRIALS - 2, "no configuration is drawn twice"
 
 
-@pytest.mark.parametrize("killed_after", [0, 1, module.STARTUP_TRIALS + 1])
+@pytest.mark.parametrize("killed_after", [0, 1, STARTUP_TRIALS + 1])
 def test_a_resumed_study_draws_what_the_uninterrupted_one_would(
-    tmp_path: Path, whole: list[dict[str, Any]], killed_after: int
+    tmp_path: Path, sampler: SamplerName, whole: list[dict[str, Any]], killed_after: int
 ) -> None:
     bench = Bench(tmp_path)
-    driver = bench.searcher(TRIALS, seed=3)
+    driver = bench.searcher(TRIALS, 3, sampler)
     before = run(driver, most=killed_after)
     driver.suggest("running when it was killed")
-    assert before + run(bench.searcher(TRIALS, seed=3)) == whole
+    assert before + run(bench.searcher(TRIALS, 3, sampler)) == whole
+
+
+def test_what_costs_more_than_the_limit_is_not_drawn(tmp_path: Path, sampler: SamplerName) -> None:
+    """The fixed configurations are the user's comparison, and are measured whatever they cost."""
+    told = run(Bench(tmp_path).searcher(TRIALS, 3, sampler, max_parameters=1100))
+    ranks = [suggestion["config"]["lora"]["rank"] for suggestion in told[2:]]
+    assert len(ranks) == TRIALS - 2 and max(ranks) <= 10
 
 
 def test_a_single_objective_needs_no_cost(tmp_path: Path) -> None:
     bench = Bench(tmp_path, objectives=BOTH[:1])
-    told = run(bench.searcher(module.STARTUP_TRIALS + 1))
+    told = run(bench.searcher(STARTUP_TRIALS + 1))
     best = bench.study().best_trial
-    assert len(told) == module.STARTUP_TRIALS + 1
+    assert len(told) == STARTUP_TRIALS + 1
     assert best.value == max(result_of(suggestion)["recall@10"] for suggestion in told)
 
 
 def test_three_objectives_are_told_in_the_order_of_the_study(tmp_path: Path) -> None:
     bench = Bench(tmp_path, objectives=choose_objectives(["inference_flops", "recall@10", TRAINABLE_PARAMETERS]))
-    first, *_ = run(bench.searcher(module.STARTUP_TRIALS + 1))
+    first, *_ = run(bench.searcher(STARTUP_TRIALS + 1))
     assert bench.study().trials[0].values == [result_of(first)["recall@10"], 7.0, 1000.0]
     assert first["known"] == known(TrialConfig())
-
-
-def test_the_copy_in_memory_may_number_its_trials_otherwise(tmp_path: Path) -> None:
-    """Trials of other studies, as a warm start adds them, must not shift what is told to the database."""
-    bench = Bench(tmp_path)
-    run(bench.searcher(trials=3))
-    searcher = bench.searcher(trials=5)
-    searcher._model.add_trial(optuna.trial.create_trial(values=[0.1, 5.0]))
-    told = run(searcher)
-    assert [suggestion["trial"] for suggestion in told] == ["t0003", "t0004"]
-    assert [trial.values for trial in bench.study().trials[3:]] == [
-        [
-            result_of(suggestion)["recall@10"],
-            known(TrialConfig.model_validate(suggestion["config"]))[TRAINABLE_PARAMETERS],
-        ]
-        for suggestion in told
-    ]
 
 
 TWO = {
@@ -325,17 +336,19 @@ TWO = {
 }
 
 
-def test_no_configuration_is_trained_twice_and_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
+def test_no_configuration_is_trained_twice_and_a_space_that_is_used_up_ends_the_search(
+    tmp_path: Path, sampler: SamplerName
+) -> None:
     """A repeat would be bit for bit the trial that is there."""
     bench = Bench(tmp_path, SearchSpace.from_dict(TWO, "here"))
-    searcher = bench.searcher(trials=8)
+    searcher = bench.searcher(trials=8, sampler=sampler)
     told = run(searcher)
     ranks = [(suggestion["config"]["lora"] or {}).get("rank") for suggestion in told]
     assert [suggestion["origin"] for suggestion in told[:2]] == [BASELINE, RECOMMENDED]
     assert set(ranks[2:]) == {4, 8}
     assert searcher.exhausted == "space two has no further configuration; the search ends after 4 trials"
     assert searcher.remaining == 0
-    resumed = bench.searcher(trials=8)
+    resumed = bench.searcher(trials=8, sampler=sampler)
     assert run(resumed) == []
     assert resumed.exhausted and resumed.remaining == 0
     assert TrialState.RUNNING not in states(bench)
@@ -364,7 +377,7 @@ def test_a_failure_of_the_whole_search_leaves_its_trial_to_be_resumed(tmp_path: 
     assert bench.searcher().suggest("tune-1") == suggestion
 
 
-# The copy in memory
+# The trials in memory
 
 
 class MemoryBench(Bench):
@@ -381,11 +394,11 @@ class MemoryBench(Bench):
 
 
 def directly(bench: Bench, trials: int, side_by_side: int) -> list[dict[str, Any]]:
-    """The slow way that the searcher's copy in memory stands for: ask Optuna over the database itself."""
+    """The slow way that the trials in memory stand for: ask Optuna over the database itself."""
     study, told, live = bench.study(), list[dict[str, Any]](), list[int]()
     fixed = list(fixed_configurations().values())
     for number in range(trials):
-        study.sampler = module.make_sampler(0, number)
+        study.sampler = optuna_sampler("tpe", 0, number)
         params = bench.space.params_of(fixed[number]) if number < len(fixed) else None
         if params is not None:
             study.enqueue_trial(params)
@@ -403,7 +416,7 @@ def directly(bench: Bench, trials: int, side_by_side: int) -> list[dict[str, Any
 
 def test_suggestions_are_those_of_the_database_itself() -> None:
     """With trials running side by side, whose parameters the sampler heeds, and a space with conditions."""
-    trials, side_by_side = 3 * module.STARTUP_TRIALS, 4
+    trials, side_by_side = 3 * STARTUP_TRIALS, 4
     slow, fast = (MemoryBench(load_space("full")) for _ in range(2))
     expected = directly(slow, trials, side_by_side)
     searcher, live, told = fast.searcher(trials), list[str](), list[dict[str, Any]]()
@@ -421,8 +434,8 @@ def test_suggestions_are_those_of_the_database_itself() -> None:
 
 def test_a_suggestion_reads_nothing_from_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading all running trials each time is what made suggestions slow with many of them."""
-    searcher = Bench(tmp_path).searcher(trials=module.STARTUP_TRIALS + 3)
-    run(searcher, most=module.STARTUP_TRIALS + 1)
+    searcher = Bench(tmp_path).searcher(trials=STARTUP_TRIALS + 3)
+    run(searcher, most=STARTUP_TRIALS + 1)
 
     def read(*arguments: object, **named: object) -> None:
         raise AssertionError("read from the database")
@@ -432,9 +445,9 @@ def test_a_suggestion_reads_nothing_from_the_database(tmp_path: Path, monkeypatc
 
 
 def test_a_database_that_is_away_for_a_moment_loses_no_draw(
-    tmp_path: Path, whole: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sampler: SamplerName, whole: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    searcher = Bench(tmp_path).searcher(TRIALS, seed=3)
+    searcher = Bench(tmp_path).searcher(TRIALS, 3, sampler)
     add, tell, told = searcher.study.add_trial, searcher.study.tell, []
 
     def away(*arguments: object, **named: object) -> None:

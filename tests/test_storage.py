@@ -357,7 +357,7 @@ def test_prepare_puts_its_store_where_it_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What it prepares is `test_prepare.py`'s; here it has prepared it before."""
-    monkeypatch.setattr("tuner.commands.actions.stores.make_store", lambda *given: tiny.store_folder)
+    monkeypatch.setattr("tuner.commands.actions.prepare.make_store", lambda *given: tiny.store_folder)
     uri = server.uri("prepared")
     (tmp_path / "manifest.csv").touch()
     arguments = ["prepare", str(tmp_path / "manifest.csv"), "--encoder", "e", "--text-encoder", "t", "--out", uri]

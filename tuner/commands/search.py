@@ -16,7 +16,7 @@ from tuner.commands.paths import check_output_folder
 from tuner.config import RunSettings
 from tuner.errors import ConfigError
 from tuner.patience import patience_seconds
-from tuner.study.config import DEFAULT_SPACE, StudyConfig
+from tuner.study.config import DEFAULT_SPACE, SAMPLERS, StudyConfig
 from tuner.study.objectives import DEFAULT_OBJECTIVES, KNOWN
 
 # Options that are not sent to the head: it runs on its own cluster, and prints for programs.
@@ -33,8 +33,14 @@ def _default(model: type[BaseModel], name: str) -> int:
     return value
 
 
+def _named(name: str) -> str:
+    """The same for a name."""
+    return str(StudyConfig.model_fields[name].default)
+
+
 EPOCHS, BATCH_SIZE = _default(RunSettings, "epochs"), _default(RunSettings, "batch_size")
 TRIALS = _default(StudyConfig, "trials")
+SAMPLER, STOPPING = _named("sampler"), _named("stopping")
 
 
 # Options whose help fills a line of its own.
@@ -53,6 +59,11 @@ Objectives = Annotated[
     ),
 ]
 Trials = Annotated[int | None, typer.Option(min=1, help=f"total number of trials of the study  [default: {TRIALS}]")]
+Sampler = Annotated[str, typer.Option(help=f"what draws configurations: {', '.join(SAMPLERS)}")]
+Stopping = Annotated[str, typer.Option(help="trials that end early: hopeless (a cheaper one will be better), or never")]
+MaxParameters = Annotated[
+    int | None, typer.Option("--max-params", min=1, help="draw nothing with more trainable parameters than this")
+]
 Lanes = Annotated[
     int | None, typer.Option(min=1, help="training process groups; default: one a GPU that is or may come, else one")
 ]
@@ -94,6 +105,9 @@ def search(
     path: EncoderPath = None,
     objective: Objectives = None,
     trials: Trials = None,
+    sampler: Sampler = SAMPLER,
+    stopping: Stopping = STOPPING,
+    max_parameters: MaxParameters = None,
     epochs: Annotated[int, typer.Option(min=1, help="of each trial")] = EPOCHS,
     batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = BATCH_SIZE,
     study: Annotated[str | None, typer.Option(help="name of the study; default: the space's, numbered")] = None,
@@ -160,6 +174,9 @@ def search(
         objectives=tuple(objective or DEFAULT_OBJECTIVES),
         study=study,
         trials=trials or TRIALS,
+        sampler=sampler,
+        stopping=stopping,
+        max_parameters=max_parameters,
         epochs=epochs,
         batch_size=batch_size,
         precision=precision,

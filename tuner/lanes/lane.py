@@ -234,7 +234,7 @@ class LaneWorker:
         started = time.perf_counter()
         try:
             with self._last_words():
-                metrics = self.pack.validate(trial).metrics()
+                retrieval = self.pack.validate(trial)
         except TrialFailed as failure:
             self._give_up(trial, str(failure))
             return
@@ -246,7 +246,8 @@ class LaneWorker:
         }
         seconds = {"validation_seconds": time.perf_counter() - started}
         warning = {"warning": member.warning} if member.warning else {}
-        member.history.append({**row, **seconds, **counts, **metrics, **warning})
+        ranks = {"ranks": retrieval.ranks().to_text()}
+        member.history.append({**row, **seconds, **counts, **retrieval.metrics(), **ranks, **warning})
         if not self.guard.save(member):
             return
         self.metrics.spent("saving")

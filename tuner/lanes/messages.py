@@ -8,7 +8,7 @@ from typing import Literal
 from tuner.config import TrialConfig
 from tuner.train.results import Candidate, Measured
 
-# An epoch as a lane reports it: numbers by metric, and perhaps a `warning`.
+# An epoch as a lane reports it: numbers by metric, the `ranks` of its validation queries, and perhaps a `warning`.
 Row = dict[str, float | str]
 
 

@@ -47,7 +47,7 @@ from tuner.search.request import (
 )
 from tuner.search.scheduler import RungScheduler
 from tuner.search.searcher import StudySearcher
-from tuner.search.stopping import NeverStop, StoppingRule
+from tuner.search.stopping import NeverStop, StopHopeless, StoppingRule
 from tuner.search.tune_run import run_trials
 from tuner.study.config import StudyRecord
 from tuner.study.events import EndState, Message, TrialStarted, View
@@ -79,7 +79,7 @@ def run_search(
         lost: called on a thread when the cluster is gone, to end a process that would wait for it; None: Ray ends the
             process after a minute.
         lease: on the study in its storage, held while this runs; None: other heads are not checked for.
-        stopping: which trials stop or pause before their last epoch; None: no trial does.
+        stopping: which trials stop or pause before their last epoch; None: the study's own rule.
 
     Raises:
         StudyError: the study exists (without `resume`), no trial could be trained, or another head has taken it over.
@@ -100,7 +100,7 @@ def run_search(
             with ExitStack() as copies:
                 with undone():
                     copies.enter_context(mirrored(request.folder.path, request.study_storage, lease))
-                rule = stopping or NeverStop()
+                rule = stopping or _rule(record)
                 front = _search(request, record, view, spec, store, undone, Lifeline(lost), rule)
         finally:
             view.close()
@@ -144,6 +144,13 @@ def _search(
 
 def _known_costs(spec: EncoderSpec, text_dim: int, training: Lengths, config: TrialConfig) -> dict[str, float]:
     return known_costs(spec, config, text_dim, training)
+
+
+def _rule(record: StudyRecord) -> StoppingRule:
+    """The study's own stopping rule."""
+    if record.stopping == "never":
+        return NeverStop()
+    return StopHopeless(record.objectives, record.settings.epochs)
 
 
 def _training_lengths(store: Store) -> Lengths:
@@ -232,6 +239,9 @@ class _Search:
             trials=self.record.trials,
             extra={"coordinator": lanes.name, "epochs": self.record.settings.epochs},
             seed=self.record.seed,
+            sampler=self.record.sampler,
+            max_parameters=self.record.max_parameters,
+            history=self.journal.history,
         )
 
     def _settle(self, study: optuna.Study, searcher: StudySearcher) -> None:
@@ -249,7 +259,12 @@ class _Search:
         events = self.journal.history.events()
         scheduler = RungScheduler(self.stopping, lanes.slots, self.record.settings.epochs, events)
         recorder = Recorder(
-            self.journal, self.view, self.record.objectives, lambda: self._note_precision(lanes), searcher.is_lost
+            self.journal,
+            self.view,
+            self.record.objectives,
+            lambda: self._note_precision(lanes),
+            searcher.is_lost,
+            scheduler.why,
         )
         recorder.replay()
         run_trials(self.request.folder, searcher, scheduler, recorder, [watch, *self.loggers], self.patience)

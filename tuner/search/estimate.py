@@ -123,7 +123,7 @@ def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
     study = optuna.create_study(directions=[objective.direction for objective in config.objectives])
     # The searcher adds costs to each suggestion; here nothing reads them.
     searcher = StudySearcher(
-        study, config.space, config.objectives, lambda trial: {}, fixed, config.trials, {}, config.seed
+        study, config.space, config.objectives, lambda trial: {}, fixed, config.trials, {}, config.seed, "random"
     )
     suggested = (searcher.suggest(str(number)) for number in range(config.trials))
     return [

@@ -23,6 +23,7 @@ class Recorder(tune.Callback):
     Args:
         settled: called at each epoch until it returns true.
         comes_again: whether a trial whose actor died will be suggested again.
+        why_stopped: the reason why a trial was stopped, if there is one.
 
     Attributes:
         fatal: why the whole search ended, if it did.
@@ -35,9 +36,10 @@ class Recorder(tune.Callback):
         objectives: Sequence[Objective],
         settled: Callable[[], bool],
         comes_again: Callable[[str], bool] = lambda trial: False,
+        why_stopped: Callable[[str], str | None] = lambda trial: None,
     ) -> None:
         self.journal, self.view, self.objectives, self.settled = journal, view, objectives, settled
-        self.comes_again = comes_again
+        self.comes_again, self.why_stopped = comes_again, why_stopped
         self.fatal: str | None = None
         self._started: set[str] = set()
         self._warned: set[str] = set()
@@ -97,7 +99,9 @@ class Recorder(tune.Callback):
         elif result.get("failed"):
             self._end(trial, "failed", str(result["failed"]))
         else:
-            self._end(trial, "complete" if result.get("final") else "stopped", None)
+            stopped = not result.get("final")
+            reason = self.why_stopped(trial.config["trial"]) if stopped else None
+            self._end(trial, "stopped" if stopped else "complete", reason)
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: object) -> None:
         """The trial's own actor died, more often than Tune starts it again or before Tune had started it."""

@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tuner.search.recorder import started
-from tuner.search.stopping import StoppingRule
+from tuner.search.stopping import StoppingRule, Verdict
 from tuner.study.events import EndState, EpochDone, TrialEnded, TrialEvent
 from tuner.study.history import History
 from tuner.study.rungs import Decision, is_due
@@ -50,6 +50,7 @@ class RungScheduler(FIFOScheduler):
         for event in events:
             self._history.apply(event)
         self._trials: dict[str, TuneTrial] = {}  # of this session and not ended, in order of their suggestion
+        self._reasons: dict[str, str] = {}
         self._promoted: set[str] = set()  # paused, and to go on before any new trial
         self._news = False
 
@@ -64,7 +65,7 @@ class RungScheduler(FIFOScheduler):
         """
         if self._news:
             paused = {_name(trial) for trial in self._paused()}
-            self._promoted |= {name for name in paused if self._decide(name) is Decision.GO_ON}
+            self._promoted |= {name for name in paused if self._decide(name).decision is Decision.GO_ON}
         return self._free() > len(self._promoted)
 
     def on_trial_add(self, tune_controller: Stopper, trial: TuneTrial) -> None:
@@ -83,7 +84,7 @@ class RungScheduler(FIFOScheduler):
         self._news = True
         if result.get("decided") or not is_due(epoch.epoch, self.rule.rungs, self.epochs):
             return str(TrialScheduler.CONTINUE)
-        return str(TUNES[self._decide(epoch.trial)])
+        return str(TUNES[self._decide(epoch.trial).decision])
 
     def on_trial_complete(self, tune_controller: Stopper, trial: TuneTrial, result: Mapping[str, object]) -> None:
         """A running trial has ended; Tune does not ask about the last epoch of one."""
@@ -114,17 +115,25 @@ class RungScheduler(FIFOScheduler):
     def _look_again(self, tune_controller: Stopper) -> None:
         """Ask about paused trials again, with what is known now."""
         for trial in self._paused():
-            decision = self._decide(_name(trial))
+            decision = self._decide(_name(trial)).decision
             self._promoted.discard(_name(trial))
             if decision is Decision.STOP:
                 tune_controller.stop_trial(trial)
             elif decision is Decision.GO_ON:
                 self._promoted.add(_name(trial))
 
-    def _decide(self, name: str) -> Decision:
+    def why(self, name: str) -> str | None:
+        """The reason of the latest decision about a trial that did not let it go on."""
+        return self._reasons.get(name)
+
+    def _decide(self, name: str) -> Verdict:
         trial = self._history.get(name)
         assert trial is not None
-        return self.rule.decide(trial, [other for other in self._history.trials if other is not trial])
+        verdict = self.rule.decide(trial, [other for other in self._history.trials if other is not trial])
+        self._reasons.pop(name, None)
+        if verdict.reason is not None:
+            self._reasons[name] = verdict.reason
+        return verdict
 
     def _paused(self) -> list[TuneTrial]:
         return [trial for trial in self._trials.values() if trial.status == TuneTrial.PAUSED]

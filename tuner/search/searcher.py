@@ -5,19 +5,18 @@ NaN, and cannot resume a multi-objective study. Here the study in its database i
 origin and configuration as user attributes. So a search that was killed at any moment resumes from the database alone,
 and needs no snapshot of the driver.
 
-The sampler reads all trials several times for each suggestion, and running ones are read from the database each time.
-With 64 of them it took 170 ms in SQLite and takes 23 in memory. So it reads a copy in memory, and each trial is written
-to the database at once. The copy has its own numbers: `_in_memory` maps the study's numbers, which name trials
-everywhere else, to those of the copy.
+Reading all trials from SQLite for each suggestion took 170 ms with 64 running ones, so they are kept here, and each
+change is written to the database first. A stopped trial is PRUNED in the database, which holds what was measured;
+samplers are given the value that it would probably have reached.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
+from datetime import datetime
 from typing import cast
 
 import optuna
@@ -25,15 +24,13 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from tuner.config import TrialConfig
+from tuner.search.lessons import Lessons, config_of
+from tuner.search.sampling.samplers import Past, make_sampler, trial_of
 from tuner.space import SearchSpace
+from tuner.study.config import SamplerName
 from tuner.study.events import SAMPLED, EpochDone, trial_id
-from tuner.study.objectives import Objective
-
-# Random points before TPE models anything; few, since a study of LoRA configurations has tens of trials, not thousands.
-STARTUP_TRIALS = 6
-# How often a configuration that the study has is drawn again: by the sampler, then at random. A space in which so many
-# random draws find nothing new is used up.
-SAMPLER_DRAWS, RANDOM_DRAWS = 4, 200
+from tuner.study.history import History
+from tuner.study.objectives import TRAINABLE_PARAMETERS, Objective
 
 # A trial fails if its own actor dies this often, each time more often than Tune starts it again.
 LOSSES_PER_TRIAL = 3
@@ -57,6 +54,10 @@ class StudySearcher(Searcher):
         trials: total number of trials of the study, counting finished ones.
         extra: keys added to every configuration that Tune gives to a trial.
         seed: of the sampler and of every trial's initialisation.
+        sampler: what draws.
+        max_parameters: configurations with more trainable parameters are not drawn.
+        history: the study's journal, whose epochs tell what a stopped trial would have reached; None: the database
+            alone, which has final values.
 
     Attributes:
         has_place: set when known: whether a new trial may begin now. Tune's own limit would count paused trials.
@@ -73,21 +74,25 @@ class StudySearcher(Searcher):
         trials: int,
         extra: Mapping[str, object],
         seed: int,
+        sampler: SamplerName = "tpe",
+        max_parameters: int | None = None,
+        history: History | None = None,
     ) -> None:
         # No metric: a failed trial's result has none, and Tune would end the whole search.
         super().__init__()
         self.study, self.space, self.objectives, self.known = study, space, objectives, known
         self.trials, self.extra, self.seed = trials, dict(extra), seed
+        self.max_parameters, self._lessons = max_parameters, Lessons(objectives, known, history)
         self.has_place: Callable[[], bool] = lambda: True
+        self._sampler = make_sampler(sampler, space, objectives, known, seed)
         self._numbers: dict[str, int] = {}
         self._lost: list[FrozenTrial] = []  # trials whose actor died, to be suggested again
         self._losses: Counter[int] = Counter()
         self._interrupted = self._take_over()
-        self._model = _copy_in_memory(study)
-        self._in_memory = {trial.number: place for place, trial in enumerate(study.get_trials(deepcopy=False))}
+        self._trials = list(study.get_trials(deepcopy=False))  # by number
         self._drawn: FrozenTrial | None = None
         self.exhausted: str | None = None
-        self._configurations = {_identity(_config_of(trial)) for trial in self._written_down()}
+        self._configurations = {_identity(config_of(trial)) for trial in self._written_down()}
         done = {trial.user_attrs["origin"] for trial in self._written_down()}
         self._fixed = [(origin, config) for origin, config in fixed.items() if origin not in done]
 
@@ -141,7 +146,7 @@ class StudySearcher(Searcher):
 
     def suggestion(self, trial: FrozenTrial) -> Values:
         """The configuration that Tune gets for a trial of the study."""
-        config = _config_of(trial)
+        config = config_of(trial)
         return {
             "trial": trial_id(trial.number),
             "origin": trial.user_attrs["origin"],
@@ -155,65 +160,54 @@ class StudySearcher(Searcher):
 
     def _written_down(self) -> list[FrozenTrial]:
         """Trials that have a configuration, in any state."""
-        return [trial for trial in self._model.get_trials(deepcopy=False) if "config" in trial.user_attrs]
+        return [trial for trial in self._trials if "config" in trial.user_attrs]
 
     def _start(self) -> FrozenTrial | None:
         # Draw only once: if the database cannot be written, the next call writes this trial.
         self._drawn = self._drawn or self._draw()
         if self._drawn is None:
-            space = self.space.name
+            limit = f" with at most {self.max_parameters:,} trainable parameters" if self.max_parameters else ""
             self.exhausted = (
-                f"space {space} has no further configuration; the search ends after {self._started()} trials"
+                f"space {self.space.name} has no further configuration{limit}; the search ends after "
+                f"{self._started()} trials"
             )
             return None
         self.study.add_trial(self._drawn)
-        drawn, self._drawn = self._drawn, None
+        written, self._drawn = copy(self._drawn), None
         # No other driver writes to this study, so the database's next number is the count of trials so far.
-        written = copy(drawn)
-        written.number = len(self._in_memory)
-        self._in_memory[written.number] = drawn.number
+        written.number = len(self._trials)
+        self._trials.append(written)
         return written
 
     def _draw(self) -> FrozenTrial | None:
-        """A trial that is RUNNING in memory and not yet in the database; None if the space has no new one."""
+        """A trial that is RUNNING and not yet in the database; None if the space has no new one."""
+        number = len(self._trials)
         if self._fixed:
             origin, config = self._fixed.pop(0)
-            trial = self._ask_for(config)
+            trial = trial_of(self.space, config, self.study.directions)
         else:
-            drawn = self._draw_new()
+            drawn = self._sampler.draw(number, self._past(), self._allowed)
             if drawn is None:
                 return None
             origin, (trial, config) = SAMPLED, drawn
         self._configurations.add(_identity(config))
         config = config.model_copy(update={"seed": self.seed})
-        trial.set_user_attr("origin", origin)
-        trial.set_user_attr("config", config.model_dump_json())
-        return self._model.get_trials(deepcopy=False)[trial.number]
-
-    def _ask_for(self, config: TrialConfig) -> optuna.Trial:
-        """Inside the space the sampler learns from a fixed configuration; outside it is only measured."""
-        study, params = self._model, self.space.params_of(config)
-        study.sampler = make_sampler(self.seed, len(self._in_memory))
-        if params is not None:
-            study.enqueue_trial(params)
-        trial = study.ask()
-        if params is not None:
-            self.space.sample(trial)
+        trial.user_attrs = {"origin": origin, "config": config.model_dump_json()}
         return trial
 
-    def _draw_new(self) -> tuple[optuna.Trial, TrialConfig] | None:
-        """Draw until the study does not have it: all trials share seed and batches, so a repeat would be bit for bit
-        the trial that is there."""
-        study = self._model
-        for attempt in range(SAMPLER_DRAWS + RANDOM_DRAWS):
-            study.sampler = make_sampler(self.seed, len(self._in_memory), attempt)
-            trial = study.ask()
-            config = self.space.sample(trial)
-            if _identity(config) not in self._configurations:
-                return trial, config
-            # Failed trials teach the sampler nothing.
-            study.tell(trial.number, state=TrialState.FAIL)
-        return None
+    def _past(self) -> Past:
+        trials, lessons = self._written_down(), self._lessons
+        return Past(
+            tuple(self.study.directions),
+            lambda: lessons.as_sampled(trials),
+            lambda: list(lessons.observations(trials).values()),
+        )
+
+    def _allowed(self, config: TrialConfig) -> bool:
+        """Whether a configuration may be drawn."""
+        if self.max_parameters is not None and self.known(config)[TRAINABLE_PARAMETERS] > self.max_parameters:
+            return False
+        return _identity(config) not in self._configurations
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, object]) -> None:
         """Do nothing: the recorder keeps epochs, and Optuna allows no intermediate values with several objectives."""
@@ -249,22 +243,23 @@ class StudySearcher(Searcher):
         self._losses[number] += 1
         if self._losses[number] >= LOSSES_PER_TRIAL:
             return False
-        lost = copy(self._model.get_trials(deepcopy=False)[self._in_memory[number]])
-        lost.number = number
-        self._lost.append(lost)
+        self._lost.append(self._trials[number])
         return True
 
     def _values(self, number: int, result: Mapping[str, object]) -> list[float]:
         """One value per objective: measured in this epoch, or known from the configuration."""
-        trial = self._model.get_trials(deepcopy=False)[self._in_memory[number]]
-        known = self.known(_config_of(trial))
+        known = self.known(config_of(self._trials[number]))
         epoch = EpochDone.from_row(trial_id(number), result)
         return [known[o.name] if o.kind == "known" else epoch.metric(o.name) for o in self.objectives]
 
     def _tell(self, number: int, values: list[float] | None, state: TrialState) -> None:
-        """Write the end to the database first, then to the copy in memory."""
+        """Write the end to the database first."""
         self.study.tell(number, values, state=state)
-        self._model.tell(self._in_memory[number], values, state=state)
+        ended = copy(self._trials[number])
+        ended.state, ended.datetime_complete = state, datetime.now()
+        if values is not None:
+            ended.values = values
+        self._trials[number] = ended
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study's database is the state."""
@@ -273,36 +268,7 @@ class StudySearcher(Searcher):
         """Nothing to restore: the study's database is the state."""
 
 
-def _copy_in_memory(study: optuna.Study) -> optuna.Study:
-    """The same trials in memory, for the sampler, which reads them several times for each suggestion."""
-    model = optuna.create_study(directions=study.directions)
-    model.add_trials(study.get_trials(deepcopy=False))
-    return model
-
-
-def _config_of(trial: FrozenTrial) -> TrialConfig:
-    return TrialConfig.model_validate_json(trial.user_attrs["config"])
-
-
 def _identity(config: TrialConfig) -> str:
     """Equal for configurations that train the same adapter from the same seed."""
     lora = config.lora and config.lora.model_copy(update={"targets": tuple(sorted(config.lora.targets))})
     return config.model_copy(update={"seed": 0, "lora": lora}).model_dump_json()
-
-
-def make_sampler(seed: int, number: int, attempt: int = 0) -> optuna.samplers.BaseSampler:
-    """Multivariate, grouped TPE (Bergstra et al. 2011; multi-objective: Ozaki et al. 2022, doi:10.1613/jair.1.13188).
-
-    Its random numbers depend only on the study's seed and the trial's number: a resumed study draws the same as an
-    uninterrupted one, and never the same startup points twice.
-
-    Args:
-        attempt: how often this trial has been drawn already; later attempts are random.
-    """
-    seed = (seed * 1_000_003 + number + attempt * 15_485_863) % 2**32
-    if attempt >= SAMPLER_DRAWS:
-        return optuna.samplers.RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        # Both options have been "experimental" since Optuna 2.2 and 2.8.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed, n_startup_trials=STARTUP_TRIALS)

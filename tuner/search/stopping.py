@@ -6,11 +6,28 @@ remembers nothing that its arguments do not give, so that a resumed study decide
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Protocol
 
+from tuner.search.curves import predicted
 from tuner.study.history import Trial
-from tuner.study.rungs import Decision
+from tuner.study.objectives import Objective
+from tuner.study.ranks import QueryRanks, paired_error
+from tuner.study.rungs import Decision, rung_epochs
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision, and the sentence that gives its reason where it is not to go on."""
+
+    decision: Decision
+    reason: str | None = None
+
+
+GO_ON = Verdict(Decision.GO_ON)
 
 
 class StoppingRule(Protocol):
@@ -21,7 +38,7 @@ class StoppingRule(Protocol):
         """Epochs after which a trial waits for a decision, rising."""
         ...
 
-    def decide(self, trial: Trial, others: Sequence[Trial]) -> Decision:
+    def decide(self, trial: Trial, others: Sequence[Trial]) -> Verdict:
         """What becomes of this trial, which stands at a rung.
 
         A paused trial is asked about again; GO_ON gives it the next free place, before new trials. With a place that
@@ -39,6 +56,76 @@ class NeverStop:
 
     rungs: tuple[int, ...] = ()
 
-    def decide(self, trial: Trial, others: Sequence[Trial]) -> Decision:
+    def decide(self, trial: Trial, others: Sequence[Trial]) -> Verdict:
         """Go on."""
-        return Decision.GO_ON
+        return GO_ON
+
+
+class StopHopeless:
+    """Stops a trial that cannot add hypervolume: a complete trial that costs as much or less will be better.
+
+    Costs are known before training, so a trial is held only against those of its own cost or less, and one that is
+    alone at its cost is never stopped by expensive ones. Its final metric is predicted from what complete trials still
+    gained after the same rung. The error of the comparison is that of the gain and of the *paired* difference over the
+    same validation queries. It stops if it would be better with a probability below `level`, and pauses below `doubt`.
+
+    Args:
+        objectives: of the study.
+        epochs: of a whole training.
+    """
+
+    def __init__(
+        self, objectives: Sequence[Objective], epochs: int, level: float = 0.05, doubt: float = 0.0, factor: int = 2
+    ) -> None:
+        self._measured = [objective.name for objective in objectives if objective.kind == "measured"]
+        self._costs = [objective.name for objective in objectives if objective.kind == "known"]
+        self._level, self._doubt = level, doubt
+        self.rungs = rung_epochs(epochs, factor=factor)
+
+    def decide(self, trial: Trial, others: Sequence[Trial]) -> Verdict:
+        """Stop, pause or go on; see the class."""
+        complete = [other for other in others if other.state == "complete"]
+        hopes = []
+        for rival in complete:
+            if all(rival.value(cost) <= trial.value(cost) for cost in self._costs):
+                hope = self._hope(trial, rival, complete)
+                if hope is not None:
+                    hopes.append((rival, hope))
+        if not hopes:
+            return GO_ON
+        best, hope = min(hopes, key=lambda pair: pair[1])
+        if hope >= max(self._level, self._doubt):
+            return GO_ON
+        reason = self._reason(trial, best, hope)
+        return Verdict(Decision.STOP if hope < self._level else Decision.PAUSE, reason)
+
+    def _hope(self, trial: Trial, rival: Trial, complete: Sequence[Trial]) -> float | None:
+        """The probability that the trial ends better than a rival in some metric; None if it cannot be estimated."""
+        chances = [self._chance(trial, rival, complete, metric) for metric in self._measured]
+        known = [chance for chance in chances if chance is not None]
+        return max(known) if len(known) == len(chances) else None
+
+    def _chance(self, trial: Trial, rival: Trial, complete: Sequence[Trial], metric: str) -> float | None:
+        final, value = predicted(trial, complete, metric), rival.value(metric)
+        if final is None or not math.isfinite(value):
+            return None
+        mean, deviation = final
+        error = math.hypot(deviation, _query_error(trial, rival, metric))
+        return 1.0 - NormalDist(mean, error).cdf(value)
+
+    def _reason(self, trial: Trial, rival: Trial, hope: float) -> str:
+        metric, epoch = self._measured[0], trial.last.epoch if trial.last else 0
+        costs = "costs no more and" if self._costs else "already"
+        return (
+            f"after epoch {epoch} with {metric} {trial.value(metric):.3f}: {rival.trial} {costs} has "
+            f"{rival.value(metric):.3f}; the chance to end better was {hope:.1%}"
+        )
+
+
+def _query_error(trial: Trial, rival: Trial, metric: str) -> float:
+    """Standard error of the paired difference between the trial now and the rival at its end; 0 without ranks."""
+    ranks = [each.last.ranks for each in (trial, rival) if each.last is not None and each.last.ranks]
+    parsed = [found for found in map(QueryRanks.from_text, ranks) if found is not None]
+    if len(parsed) != 2:
+        return 0.0
+    return paired_error(parsed[0], parsed[1], metric) or 0.0

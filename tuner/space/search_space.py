@@ -36,6 +36,8 @@ STRUCTURAL = frozenset({TARGETS, "lora.first_layer", PLACEMENT})
 COUNT_NEUTRAL = frozenset({"lora.alpha_ratio", "lora.dropout", "lora.rslora", "loss.temperature", "pooling"})
 GROWS_WITH = frozenset({"lora.rank", "head.hidden"})
 MAX_COMBINATIONS = 10_000
+# Parameters of a trial by dotted path; each is whatever its dimension allows.
+Params = dict[str, Any]
 
 
 class SearchSpace(Frozen):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, get_args
 
-from pydantic import ConfigDict, Field, JsonValue, field_serializer
+from pydantic import ConfigDict, Field, JsonValue, field_serializer, model_validator
 
 from tuner.atomic import write_json
 from tuner.config import EncoderPath, Frozen, Precision, RunSettings
@@ -22,6 +22,9 @@ from tuner.study.objectives import DEFAULT_OBJECTIVES, Objective, Objectives, ch
 from tuner.study.parse import parse_file, parse_json
 
 DEFAULT_SPACE = "attention_only"
+SamplerName = Literal["gp", "tpe", "nsga2", "random", "grid"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+Stopping = Literal["hopeless", "never"]
 
 
 class StudyConfig(Frozen):
@@ -32,6 +35,13 @@ class StudyConfig(Frozen):
     settings: RunSettings
     objectives: Objectives = Field(default=choose_objectives(DEFAULT_OBJECTIVES), min_length=1)
     trials: int = Field(default=7, ge=1, description="total number of trials, over all sessions")
+    sampler: SamplerName = Field(default="gp", description="what draws new configurations")
+    stopping: Stopping = Field(
+        default="hopeless", description="which trials end early: those that cannot add to the front, or none"
+    )
+    max_parameters: int | None = Field(
+        default=None, ge=1, description="configurations with more trainable parameters are not drawn"
+    )
     seed: int = Field(default=0, ge=0, description="of sampler, initialisation, dropout and batches")
 
     @property
@@ -94,6 +104,12 @@ class StudyRecord(StudyConfig):
     sessions: int = Field(
         default=1, ge=1, description="drivers that have worked on it; of two copies, the newer has more"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was(cls, values: object) -> object:
+        """A record without these fields is of a version that had one sampler and trained every trial to its end."""
+        return {"sampler": "tpe", "stopping": "never", **values} if isinstance(values, dict) else values
 
     @classmethod
     def read(cls, folder: StudyFolder) -> Self:

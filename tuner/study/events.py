@@ -105,6 +105,7 @@ class EpochDone(_Event):
     clips_per_second: Number = None
     logit_scale: Number = None
     warning: str | None = None
+    ranks: str | None = Field(default=None, description="of validation queries, see `QueryRanks`")
 
     @property
     def seconds(self) -> float:

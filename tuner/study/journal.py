@@ -177,7 +177,7 @@ def table_rows(trials: Sequence[Trial]) -> list[Row]:
 
 def epoch_row(event: EpochDone) -> Row:
     """An epoch as flat columns."""
-    row = event.model_dump(exclude={"event", "trial", "metrics", "warning"})
+    row = event.model_dump(exclude={"event", "trial", "metrics", "warning", "ranks"})
     return row | event.metrics
 
 

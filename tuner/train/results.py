@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tuner.config import TrialConfig
 from tuner.study.objectives import WAYS
 from tuner.study.points import Difference, Point
+from tuner.study.ranks import QueryRanks
 
 DEPTHS = (1, 5, 10)
 BOOTSTRAP_RESAMPLES = 2000
@@ -47,6 +48,10 @@ class Retrieval:
     def direction(self, name: str) -> QueryResults:
         """The results of `audio_to_text` or `text_to_audio`."""
         return self.audio_to_text if name == "audio_to_text" else self.text_to_audio
+
+    def ranks(self) -> QueryRanks:
+        """What an event keeps of each query."""
+        return QueryRanks.of(self.audio_to_text.rank_Q, self.text_to_audio.rank_Q)
 
     def metrics(self) -> Metrics:
         """Flat metrics: `recall@k` (mean of both directions), `<direction>_R@k`, `_mAP@10`, `_median_rank`, `_N`."""

@@ -105,6 +105,9 @@ class NewStudy:
     objectives: tuple[str, ...]
     study: str | None
     trials: int
+    sampler: str
+    stopping: str
+    max_parameters: int | None
     epochs: int
     batch_size: int
     precision: str
@@ -146,14 +149,18 @@ def start_study(
     objectives = choose_objectives(wanted.objectives)
     folder = StudyFolder(place.runs / check_study_name(wanted.study or _free_name(place, space.name)))
     check_new(folder, place.storage)
-    config = StudyConfig(
-        study=folder.name,
-        space=space,
-        settings=_settings(place, wanted, space),
-        objectives=objectives,
-        trials=wanted.trials,
-        seed=wanted.seed,
-    )
+    values = {
+        "study": folder.name,
+        "space": space,
+        "settings": _settings(place, wanted, space),
+        "objectives": objectives,
+        "trials": wanted.trials,
+        "sampler": wanted.sampler,
+        "stopping": wanted.stopping,
+        "max_parameters": wanted.max_parameters,
+        "seed": wanted.seed,
+    }
+    config = StudyConfig.parse(values, "tuner search")
     request = driver.request(config, folder, place.storage)
     if estimate_only:
         dry_run(request, tflops, driver.json)
@@ -204,6 +211,9 @@ def refuse_changes(record: StudyRecord, typed: Mapping[str, Typed]) -> None:
         "precision": settings.precision,
         "off_path": settings.off_path,
         "seed": record.seed,
+        "sampler": record.sampler,
+        "stopping": record.stopping,
+        "max_parameters": record.max_parameters,
         "placement": ", ".join(record.space.placements),
     }
     # What no record keeps: it was used when the data was prepared.

@@ -1,0 +1,69 @@
+"""How much trials still gain after a rung: what a trial that is not complete would have reached. No Ray, no Optuna."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tuner.study.history import Trial
+
+# Complete trials before their gains predict anything.
+ENOUGH = 3
+# Weight, in trials, and size of what is believed about the spread of gains before any was seen: half of their mean, and
+# at least this much of a metric between 0 and 1.
+PRIOR_TRIALS, PRIOR_SHARE, PRIOR_LEAST = 2, 0.5, 0.005
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What trials gained in a metric from one epoch to the last.
+
+    Attributes:
+        deviation: of a further trial's gain.
+        count: of the trials that it was seen in.
+    """
+
+    mean: float
+    deviation: float
+    count: int
+
+
+def gain_after(epoch: int, trial: Trial, complete: Sequence[Trial], metric: str) -> Gain | None:
+    """The gain from an epoch to the last one; None if too few trials have shown it.
+
+    Args:
+        trial: whose gain is asked for: trials without LoRA gain in another way than those with it, so they count only
+            while there are too few of its own kind.
+        complete: trials that were trained to the end.
+    """
+    alike = [other for other in complete if (other.config.lora is None) == (trial.config.lora is None)]
+    for trials in (alike, complete):
+        gains = [gain for gain in (_gain(other, epoch, metric) for other in trials) if math.isfinite(gain)]
+        if len(gains) >= ENOUGH:
+            return _estimate(gains)
+    return None
+
+
+def predicted(trial: Trial, complete: Sequence[Trial], metric: str) -> tuple[float, float] | None:
+    """A trial's value after its last epoch would be, and the standard deviation of that; None if it is unknown."""
+    if trial.last is None or not math.isfinite(value := trial.last.metric(metric)):
+        return None
+    gain = gain_after(trial.last.epoch, trial, complete, metric)
+    return None if gain is None else (value + gain.mean, gain.deviation)
+
+
+def _gain(trial: Trial, epoch: int, metric: str) -> float:
+    if trial.last is None or epoch not in trial.epochs:
+        return math.nan
+    return trial.last.metric(metric) - trial.epochs[epoch].metric(metric)
+
+
+def _estimate(gains: Sequence[float]) -> Gain:
+    mean, count = statistics.fmean(gains), len(gains)
+    prior = max(PRIOR_LEAST, PRIOR_SHARE * abs(mean))
+    squares = sum((gain - mean) ** 2 for gain in gains) + PRIOR_TRIALS * prior**2
+    spread = math.sqrt(squares / (count - 1 + PRIOR_TRIALS))
+    # A further trial differs from the mean of these by its own spread and by the error of the mean.
+    return Gain(mean, spread * math.sqrt(1 + 1 / count), count)

@@ -1,0 +1,180 @@
+"""The next configuration by a Gaussian process on the metric, with costs that are known exactly.
+
+The first points cover the space evenly, costs included: of many random configurations the one farthest from all that
+the study has. Later ones maximise the expected improvement of the hypervolume over random configurations and
+neighbours of the front. A running trial counts as if it had its predicted value (Ginsbourger et al. 2010, "kriging
+believer"), so that many lanes do not draw the same point. Everything depends on the study's seed, the trial's number
+and the observations in the order of their trials alone.
+
+Shapes: N observations, M candidates, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.config import TrialConfig
+from tuner.search.sampling.encoding import Encoding
+from tuner.search.sampling.improvement import expected_improvement, expected_improvement_by_quantiles
+from tuner.search.sampling.surrogate import Hyperparameters, Surrogate
+from tuner.space.draws import draw, neighbour
+from tuner.space.search_space import Params, SearchSpace
+from tuner.study.objectives import Objective
+from tuner.study.pareto import front
+
+Array = NDArray[np.float64]
+
+# Observations before the model decides; the fixed configurations are among them.
+STARTUP = 6
+CANDIDATES, NEIGHBOURS = 384, 24
+# Values below the median by more than this many times what the best lies above it count as that: a learning rate that
+# ruins a trial is bad, however bad, and must not stretch the scale on which good ones are told apart.
+WINSOR = 3.0
+# Hyperparameters are fitted again when there are this much more observations: each fit takes as long as many draws.
+GROWTH = 1.15
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known of one trial.
+
+    Attributes:
+        values: one for each measured objective, measured or predicted; None while nothing is known.
+        variances: of a prediction, one for each measured objective; zero for a measured value.
+        known: costs by name.
+    """
+
+    config: TrialConfig
+    known: Mapping[str, float]
+    values: tuple[float, ...] | None
+    variances: tuple[float, ...] = ()
+
+
+Costs = Callable[[TrialConfig], Mapping[str, float]]
+
+
+class Proposer:
+    """Proposes configurations of one study.
+
+    Args:
+        costs: of a configuration, by name.
+        seed: of the study.
+    """
+
+    def __init__(self, space: SearchSpace, objectives: tuple[Objective, ...], costs: Costs, seed: int) -> None:
+        self._space, self._objectives, self._costs, self._seed = space, objectives, costs, seed
+        self._measured = [objective for objective in objectives if objective.kind == "measured"]
+        self._known = [objective for objective in objectives if objective.kind == "known"]
+        self._encoding = Encoding(space, objectives)
+        self._fitted: dict[tuple[str, int], Hyperparameters] = {}
+
+    def propose(
+        self, observations: Sequence[Observation], number: int, allowed: Callable[[TrialConfig], bool]
+    ) -> Params | None:
+        """Parameters of the next trial; None if no candidate is allowed.
+
+        Args:
+            observations: all trials of the study, in the order of their numbers.
+            number: of the next trial.
+            allowed: whether a configuration may be drawn.
+        """
+        random = np.random.default_rng([self._seed, number])
+        measured = [each for each in observations if each.values is not None]
+        good = [each for each in measured if not any(each.variances)] if len(measured) >= STARTUP else []
+        candidates = self._candidates(random, good, allowed)
+        if not candidates:
+            return None
+        features_MD = np.stack([self._encoding.features(config, known) for _, config, known in candidates])
+        if len(measured) < STARTUP:
+            scores = self._distances(features_MD, observations)
+        else:
+            scores = self._improvements(features_MD, [known for _, _, known in candidates], observations)
+        return candidates[int(np.argmax(scores))][0]
+
+    def _candidates(
+        self, random: np.random.Generator, good: Sequence[Observation], allowed: Callable[[TrialConfig], bool]
+    ) -> list[tuple[Params, TrialConfig, Mapping[str, float]]]:
+        """Random configurations, and neighbours of the front."""
+        drawn = [draw(self._space, random) for _ in range(CANDIDATES)]
+        for row in front([self._row(each) for each in good], self._objectives) if good else ():
+            params = self._space.params_of(good[row].config)
+            if params is not None:
+                drawn += [neighbour(self._space, random, params) for _ in range(NEIGHBOURS)]
+        configs = [(params, self._space.build(params)) for params in drawn]
+        return [(params, config, self._costs(config)) for params, config in configs if allowed(config)]
+
+    def _row(self, observation: Observation) -> list[float]:
+        assert observation.values is not None
+        return [*observation.values, *(observation.known[cost.name] for cost in self._known)]
+
+    def _distances(self, features_MD: Array, observations: Sequence[Observation]) -> Array:
+        """Distance of each candidate to the nearest trial."""
+        if not observations:
+            return np.zeros(len(features_MD))
+        taken_ND = np.stack([self._encoding.features(each.config, each.known) for each in observations])
+        return np.asarray(np.min(np.linalg.norm(features_MD[:, None] - taken_ND[None], axis=2), axis=1))
+
+    def _improvements(
+        self, features_MD: Array, known: Sequence[Mapping[str, float]], observations: Sequence[Observation]
+    ) -> Array:
+        """Expected improvement of the hypervolume over the posterior's own front."""
+        measured = [each for each in observations if each.values is not None]
+        pending = [each for each in observations if each.values is None]
+        seen_ND = np.stack([self._encoding.features(each.config, each.known) for each in [*measured, *pending]])
+        predicted, posterior = [], []
+        for index in range(len(self._measured)):
+            model = self._model(index, measured, seen_ND[: len(measured)])
+            posterior.append(model.mean(seen_ND))
+            if pending:
+                model = self._believed(model, index, measured, seen_ND)
+            predicted.append(model.predict(features_MD))
+        costs_N = np.array([[each.known[cost.name] for cost in self._known] for each in [*measured, *pending]])
+        points = np.column_stack([*posterior, costs_N.reshape(len(seen_ND), -1)])
+        rows = np.zeros((len(known), len(self._objectives)))
+        for column, cost in enumerate(self._known, len(self._measured)):
+            rows[:, column] = [each[cost.name] for each in known]
+        if (len(self._measured), len(self._known)) != (1, 1):
+            means, deviations = (np.stack(parts, axis=1) for parts in zip(*predicted, strict=True))
+            return expected_improvement_by_quantiles(means, deviations, rows, self._objectives, points)
+        (mean, deviation), cost = predicted[0], self._known[0]
+        positions = np.array([cost.position(value) for value in rows[:, 1]])
+        points[:, 1] = [cost.position(value) for value in points[:, 1]]
+        # The corner is close by: from the objective's own, one more decimal place would outweigh any saving.
+        corner = (float(np.min(points[:, 0])), float(max(points[:, 1].max(), positions.max())) + 0.1)
+        kept = points[front(np.column_stack([points[:, 0], 10 ** points[:, 1]]), self._objectives)]
+        return expected_improvement(mean, deviation, positions, kept, corner)
+
+    def _model(self, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
+        values, extra = _observed(measured, index)
+        count, key = _fitted_at(len(measured)), self._measured[index].name
+        if (key, count) not in self._fitted:
+            self._fitted[key, count] = Surrogate(features_ND[:count], values[:count], extra[:count]).hyperparameters
+        return Surrogate(features_ND, values, extra, self._fitted[key, count])
+
+    def _believed(self, model: Surrogate, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
+        """The model after running trials have got what it predicts."""
+        values, extra = _observed(measured, index)
+        expected = model.mean(features_ND[len(measured) :])
+        padded = np.concatenate([extra, np.zeros(len(expected))])
+        return Surrogate(features_ND, np.concatenate([values, expected]), padded, model.hyperparameters)
+
+
+def _observed(measured: Sequence[Observation], index: int) -> tuple[Array, Array]:
+    """Values and extra variances of a measured objective; see `WINSOR`."""
+    values = np.array([each.values[index] for each in measured if each.values is not None])
+    extra = np.array([each.variances[index] if each.variances else 0.0 for each in measured])
+    median = float(np.median(values))
+    return np.maximum(values, median - WINSOR * max(float(values.max()) - median, 1e-6)), extra
+
+
+def _fitted_at(count: int) -> int:
+    """The largest of 6, 7, 9, 11 and so on that is not above `count`: the hyperparameters follow from the first so many
+    observations, whenever they are asked for."""
+    size = STARTUP
+    while (larger := max(size + 1, int(size * GROWTH))) <= count:
+        size = larger
+    return size
