@@ -31,13 +31,9 @@ FILE = Path(__file__).with_name("recorded_curves.parquet")
 SHARE = {"train": 800, "validation": 520, "test": 100}
 SCHEMA = pa.schema(
     [
-        ("study", pa.string()),
-        ("trial", pa.string()),
-        ("origin", pa.string()),
-        ("config", pa.string()),
-        ("trainable_parameters", pa.int64()),
-        ("epoch", pa.int32()),
-        ("event", pa.string()),
+        *(pa.field(name, pa.string()) for name in ("study", "trial", "origin", "config", "event")),
+        pa.field("trainable_parameters", pa.int64()),
+        pa.field("epoch", pa.int32()),
     ]
 )
 
@@ -87,10 +83,11 @@ def main(
     trials: int = 120,
     epochs: int = 6,
     seed: int = 0,
-    folder: Annotated[Path, typer.Option(help="keeps share and study between runs")] = cache_root() / "record",
+    folder: Annotated[Path | None, typer.Option(help="keeps share and study; default: in the cache")] = None,
     out: Path = FILE,
 ) -> None:
     """Train configurations, and write down those that are complete."""
+    folder = folder or cache_root() / "record"
     store, study = _prepare(folder), StudyFolder(folder / f"curves-{seed}")
     place = ["--runs", str(folder)]
     if study.record.is_file():

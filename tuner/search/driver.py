@@ -34,7 +34,9 @@ from tuner.search.durable.head_lease import HeadLease
 from tuner.search.durable.mirror import checkpointed, mirrored
 from tuner.search.front import Selection, confirm_front, select
 from tuner.search.gauges import MeteredView
+from tuner.search.judgement import judge
 from tuner.search.lane_watch import LaneWatch
+from tuner.search.lessons import Lessons
 from tuner.search.loggers import ReadableTrials, make_loggers
 from tuner.search.recorder import Recorder
 from tuner.search.request import (
@@ -283,7 +285,9 @@ class _Search:
         return self.record.precision is not None
 
     def _confirm(self, study: optuna.Study, lanes: Fleet, watch: LaneWatch) -> ConfirmedFront:
-        selection = select(study, self.record.objectives)
+        lessons = Lessons(self.record.objectives, self.costs, self.journal.history)
+        trials = lessons.trials([each for each in study.get_trials(deepcopy=False) if "config" in each.user_attrs])
+        selection = select(study, self.record.objectives, judge(trials, self.record.space, self.record.objectives))
         if not selection.trials:
             raise StudyError(f"study {self.record.study}: {self._why_none(study)}")
         self.view.show(Message(text=f"confirming {len(selection.trials)} trials on the test gallery"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -15,7 +15,7 @@ from tuner.lanes.messages import Confirmation
 from tuner.study.events import BASELINE, RECOMMENDED, trial_id
 from tuner.study.objectives import Objective
 from tuner.study.pareto import front
-from tuner.study.points import Point
+from tuner.study.points import Belief, Point
 from tuner.train.results import Candidate, Measured
 
 WAIT_SECONDS = 10.0
@@ -28,17 +28,28 @@ class Selection:
     trials: tuple[FrozenTrial, ...]
     front: frozenset[str]
     baseline: str | None
+    beliefs: Mapping[str, Belief] = field(default_factory=dict)
 
 
-def select(study: optuna.Study, objectives: Sequence[Objective]) -> Selection:
-    """Choose the trials by validation values only."""
+def select(
+    study: optuna.Study, objectives: Sequence[Objective], beliefs: Mapping[str, Belief] | None = None
+) -> Selection:
+    """Choose the trials by validation only.
+
+    Args:
+        beliefs: what is believed of them; without it their measured values decide.
+    """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    chosen = set(front([trial.values for trial in complete], objectives))
+    if beliefs:
+        names = [trial_id(trial.number) for trial in complete]
+        chosen = {row for row, name in enumerate(names) if name in beliefs and beliefs[name].on_front}
+    else:
+        chosen = set(front([trial.values for trial in complete], objectives))
     origins = [trial.user_attrs["origin"] for trial in complete]
     kept = [i for i in range(len(complete)) if i in chosen or origins[i] in (BASELINE, RECOMMENDED)]
     baseline = next((trial_id(complete[i].number) for i in kept if origins[i] == BASELINE), None)
     on_front = frozenset(trial_id(complete[i].number) for i in chosen)
-    return Selection(tuple(complete[i] for i in kept), on_front, baseline)
+    return Selection(tuple(complete[i] for i in kept), on_front, baseline, dict(beliefs or {}))
 
 
 def confirm_front(
@@ -84,6 +95,7 @@ def _compared(measured: Sequence[Measured], selection: Selection) -> list[Point]
             update={
                 "test_vs_baseline": each.minus(baseline) if baseline else {},
                 "on_front": each.point.trial in selection.front,
+                "belief": selection.beliefs.get(each.point.trial),
             }
         )
         for each in measured

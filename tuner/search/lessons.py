@@ -48,7 +48,11 @@ class Lessons:
 
         A stopped trial still teaches what it would probably have reached; so does a running one after its first epochs.
         """
-        return observe([self._told(trial) for trial in trials], self._measured)
+        return observe(self.trials(trials), self._measured)
+
+    def trials(self, trials: Sequence[FrozenTrial]) -> list[Trial]:
+        """Trials of the database with their epochs."""
+        return [self._told(trial) for trial in trials]
 
     def as_sampled(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Trials as Optuna's samplers get them: a stopped one is complete, with the values that are predicted for it.

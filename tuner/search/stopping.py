@@ -84,7 +84,8 @@ class StopHopeless:
 
     def decide(self, trial: Trial, others: Sequence[Trial]) -> Verdict:
         """Stop, pause or go on; see the class."""
-        complete = [other for other in others if other.state == "complete"]
+        # In one order: sums of floating-point numbers depend on it.
+        complete = sorted((other for other in others if other.state == "complete"), key=lambda other: other.trial)
         hopes = []
         for rival in complete:
             if all(rival.value(cost) <= trial.value(cost) for cost in self._costs):

@@ -75,6 +75,21 @@ class Difference(Frozen):
     interval: Interval
 
 
+class Belief(Frozen):
+    """What is believed of a trial after all trials of its study: the posterior of each measured objective.
+
+    Attributes:
+        expected, deviation: of the true validation metric, by name; the measured value was also chosen for its luck.
+        probability: that no other complete trial dominates it.
+        on_front: whether none does by the expected values.
+    """
+
+    expected: dict[str, float]
+    deviation: dict[str, float]
+    probability: float = Field(ge=0, le=1)
+    on_front: bool
+
+
 class Point(BaseModel):
     """A trial that was exported, and measured on the test gallery from its exported files."""
 
@@ -94,6 +109,7 @@ class Point(BaseModel):
         default_factory=dict
     )
     on_front: bool
+    belief: Belief | None = None
 
     def interval(self, metric: str) -> Interval | None:
         """The 95 % interval of a test metric, if there is one."""

@@ -149,7 +149,7 @@ class Proposer:
         return expected_improvement(mean, deviation, positions, kept, corner)
 
     def _model(self, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
-        values, extra = _observed(measured, index)
+        values, extra = observed(measured, index)
         count, key = _fitted_at(len(measured)), self._measured[index].name
         if (key, count) not in self._fitted:
             self._fitted[key, count] = Surrogate(features_ND[:count], values[:count], extra[:count]).hyperparameters
@@ -157,13 +157,13 @@ class Proposer:
 
     def _believed(self, model: Surrogate, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
         """The model after running trials have got what it predicts."""
-        values, extra = _observed(measured, index)
+        values, extra = observed(measured, index)
         expected = model.mean(features_ND[len(measured) :])
         padded = np.concatenate([extra, np.zeros(len(expected))])
         return Surrogate(features_ND, np.concatenate([values, expected]), padded, model.hyperparameters)
 
 
-def _observed(measured: Sequence[Observation], index: int) -> tuple[Array, Array]:
+def observed(measured: Sequence[Observation], index: int) -> tuple[Array, Array]:
     """Values and extra variances of a measured objective; see `WINSOR`."""
     values = np.array([each.values[index] for each in measured if each.values is not None])
     extra = np.array([each.variances[index] if each.variances else 0.0 for each in measured])
