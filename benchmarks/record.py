@@ -12,7 +12,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,13 +29,13 @@ from tuner.study.journal import read_history
 
 FILE = Path(__file__).with_name("recorded_curves.parquet")
 SHARE = {"train": 800, "validation": 520, "test": 100}
-SCHEMA = pa.schema(
-    [
-        *(pa.field(name, pa.string()) for name in ("study", "trial", "origin", "config", "event")),
-        pa.field("trainable_parameters", pa.int64()),
-        pa.field("epoch", pa.int32()),
-    ]
-)
+TEXT = ("study", "trial", "origin", "config", "event")
+FIELDS: list[pa.Field[Any]] = [
+    *(pa.field(name, pa.string()) for name in TEXT),
+    pa.field("trainable_parameters", pa.int64()),
+    pa.field("epoch", pa.int32()),
+]
+SCHEMA = pa.schema(FIELDS)
 
 
 def read_curves(folder: StudyFolder) -> pa.Table:
