@@ -71,7 +71,7 @@ def test_expected_values_are_closer_to_the_truth_than_measured_ones() -> None:
         beliefs = judge(trials, SPACE, BOTH)
         raw += [each.value("recall@10") - value for each, value in zip(trials, true, strict=True)]
         believed += [beliefs[t.trial].expected["recall@10"] - value for t, value in zip(trials, true, strict=True)]
-    assert np.std(believed) < 0.6 * np.std(raw)
+    assert np.std(believed) < 0.8 * np.std(raw)
 
 
 def test_probabilities_are_calibrated() -> None:

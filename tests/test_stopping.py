@@ -54,7 +54,7 @@ def test_what_a_cheaper_trial_will_beat_is_stopped_with_its_reason() -> None:
     verdict = RULE.decide(trial(9, 2500, [0.20], "running"), KNOWN)
     assert verdict.decision is Decision.STOP
     assert verdict.reason == (
-        "after epoch 1 with recall@10 0.200: t0001 costs no more and has 0.450; the chance to end better was 0.0%"
+        "after epoch 1 with recall@10 0.200: t0001 costs no more and has 0.450; the chance to be on the front was 0.0%"
     )
 
 

@@ -152,7 +152,7 @@ def _rule(record: StudyRecord) -> StoppingRule:
     """The study's own stopping rule."""
     if record.stopping == "never":
         return NeverStop()
-    return StopHopeless(record.objectives, record.settings.epochs)
+    return StopHopeless(record.objectives, record.settings.epochs, record.space)
 
 
 def _training_lengths(store: Store) -> Lengths:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.search.lessons import observe
+from tuner.search.observations import Observation, observe, observed
 from tuner.search.sampling.encoding import Encoding
-from tuner.search.sampling.proposer import STARTUP, Observation, observed
+from tuner.search.sampling.proposer import STARTUP
 from tuner.search.sampling.surrogate import Surrogate
 from tuner.space import SearchSpace
 from tuner.study.history import Trial
@@ -28,11 +28,14 @@ Array = NDArray[np.float64]
 SAMPLES = 1000
 
 
-def judge(trials: Sequence[Trial], space: SearchSpace, objectives: tuple[Objective, ...]) -> dict[str, Belief]:
+def judge(
+    trials: Sequence[Trial], space: SearchSpace, objectives: tuple[Objective, ...], standing: Trial | None = None
+) -> dict[str, Belief]:
     """What is believed of each complete trial; nothing if there are too few trials for a model.
 
     Args:
         trials: of the study, by number.
+        standing: one of them that stands at a rung; it is judged as if it went on to its end.
     """
     measured = [objective.name for objective in objectives if objective.kind == "measured"]
     costs = [objective.name for objective in objectives if objective.kind == "known"]
@@ -40,6 +43,10 @@ def judge(trials: Sequence[Trial], space: SearchSpace, objectives: tuple[Objecti
     complete = [trial for trial in trials if trial.state == "complete" and trial.trial in seen]
     if len(complete) < STARTUP:
         return {}
+    if standing is not None:
+        if standing.trial not in seen:
+            return {}
+        complete.append(standing)
     encoding = Encoding(space, objectives)
     features = {name: encoding.features(each.config, each.known) for name, each in seen.items()}
     at_ND = np.stack([features[trial.trial] for trial in complete])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -10,8 +9,7 @@ from dataclasses import replace
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import TrialConfig
-from tuner.search.curves import predicted
-from tuner.search.sampling.proposer import Observation
+from tuner.search.observations import Observation, observe
 from tuner.study.events import EpochDone, State, trial_id
 from tuner.study.history import History, Trial
 from tuner.study.objectives import Objective
@@ -88,27 +86,3 @@ class Lessons:
 def config_of(trial: FrozenTrial) -> TrialConfig:
     """The configuration of a trial in the database."""
     return TrialConfig.model_validate_json(trial.user_attrs["config"])
-
-
-def observe(trials: Sequence[Trial], measured: Sequence[str]) -> dict[str, Observation]:
-    """What each trial that has not failed teaches, by trial.
-
-    Args:
-        measured: names of the measured objectives.
-    """
-    complete = [trial for trial in trials if trial.state == "complete"]
-    kept = (trial for trial in trials if trial.state != "failed")
-    return {trial.trial: _observation(trial, complete, measured) for trial in kept}
-
-
-def _observation(trial: Trial, complete: Sequence[Trial], measured: Sequence[str]) -> Observation:
-    if trial.state == "complete":
-        values = tuple(trial.value(name) for name in measured)
-        finite = values if all(map(math.isfinite, values)) else None
-        return Observation(trial.config, trial.known, finite, (0.0,) * len(values))
-    found = [predicted(trial, complete, name) for name in measured]
-    known = [each for each in found if each is not None]
-    if len(known) < len(found):
-        return Observation(trial.config, trial.known, None)
-    variances = tuple(deviation**2 for _, deviation in known)
-    return Observation(trial.config, trial.known, tuple(mean for mean, _ in known), variances)

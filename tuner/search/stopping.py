@@ -13,6 +13,8 @@ from statistics import NormalDist
 from typing import Protocol
 
 from tuner.search.curves import predicted
+from tuner.search.judgement import judge
+from tuner.space import SearchSpace
 from tuner.study.history import Trial
 from tuner.study.objectives import Objective
 from tuner.study.ranks import QueryRanks, paired_error
@@ -62,21 +64,33 @@ class NeverStop:
 
 
 class StopHopeless:
-    """Stops a trial that cannot add hypervolume: a complete trial that costs as much or less will be better.
+    """Stops a trial that will not be on the front: a complete trial that costs as much or less will be better.
 
     Costs are known before training, so a trial is held only against those of its own cost or less, and one that is
     alone at its cost is never stopped by expensive ones. Its final metric is predicted from what complete trials still
-    gained after the same rung. The error of the comparison is that of the gain and of the *paired* difference over the
-    same validation queries. It stops if it would be better with a probability below `level`, and pauses below `doubt`.
+    gained after the same rung.
+
+    As soon as there are enough complete trials, a model of all of them gives the probability that the trial would be on
+    the front. Its noise is what differs between trials; the luck of the validation queries that all of them share
+    cancels. Before that, the trial is held against each rival alone, with the error of the gain and of the *paired*
+    difference over the same queries. It stops below the probability `level`, and pauses below `doubt`.
 
     Args:
         objectives: of the study.
         epochs: of a whole training.
+        space: of the study; None: only single rivals count.
     """
 
     def __init__(
-        self, objectives: Sequence[Objective], epochs: int, level: float = 0.05, doubt: float = 0.0, factor: int = 2
+        self,
+        objectives: tuple[Objective, ...],
+        epochs: int,
+        space: SearchSpace | None = None,
+        level: float = 0.05,
+        doubt: float = 0.0,
+        factor: int = 2,
     ) -> None:
+        self._objectives, self._space = objectives, space
         self._measured = [objective.name for objective in objectives if objective.kind == "measured"]
         self._costs = [objective.name for objective in objectives if objective.kind == "known"]
         self._level, self._doubt = level, doubt
@@ -95,10 +109,19 @@ class StopHopeless:
         if not hopes:
             return GO_ON
         best, hope = min(hopes, key=lambda pair: pair[1])
+        hope = self._believed(trial, others, hope)
         if hope >= max(self._level, self._doubt):
             return GO_ON
         reason = self._reason(trial, best, hope)
         return Verdict(Decision.STOP if hope < self._level else Decision.PAUSE, reason)
+
+    def _believed(self, trial: Trial, others: Sequence[Trial], hope: float) -> float:
+        """The probability to be on the front by the model of all trials; `hope` while there is none."""
+        if self._space is None:
+            return hope
+        trials = sorted([*others, trial], key=lambda each: each.trial)
+        beliefs = judge(trials, self._space, self._objectives, standing=trial)
+        return beliefs[trial.trial].probability if beliefs else hope
 
     def _hope(self, trial: Trial, rival: Trial, complete: Sequence[Trial]) -> float | None:
         """The probability that the trial ends better than a rival in some metric; None if it cannot be estimated."""
@@ -119,7 +142,7 @@ class StopHopeless:
         costs = "costs no more and" if self._costs else "already"
         return (
             f"after epoch {epoch} with {metric} {trial.value(metric):.3f}: {rival.trial} {costs} has "
-            f"{rival.value(metric):.3f}; the chance to end better was {hope:.1%}"
+            f"{rival.value(metric):.3f}; the chance to be on the front was {hope:.1%}"
         )
 
 

@@ -12,17 +12,17 @@ Shapes: N observations, M candidates, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuner.config import TrialConfig
+from tuner.search.observations import Observation, observed
 from tuner.search.sampling.encoding import Encoding
 from tuner.search.sampling.improvement import expected_improvement, expected_improvement_by_quantiles
-from tuner.search.sampling.surrogate import Hyperparameters, Surrogate
+from tuner.search.sampling.surrogate import Surrogate
 from tuner.space.draws import draw, neighbour
-from tuner.space.search_space import Params, SearchSpace
+from tuner.space.search_space import SearchSpace
 from tuner.study.objectives import Objective
 from tuner.study.pareto import front
 
@@ -31,27 +31,6 @@ Array = NDArray[np.float64]
 # Observations before the model decides; the fixed configurations are among them.
 STARTUP = 6
 CANDIDATES, NEIGHBOURS = 384, 24
-# Values below the median by more than this many times what the best lies above it count as that: a learning rate that
-# ruins a trial is bad, however bad, and must not stretch the scale on which good ones are told apart.
-WINSOR = 3.0
-# Hyperparameters are fitted again when there are this much more observations: each fit takes as long as many draws.
-GROWTH = 1.15
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What is known of one trial.
-
-    Attributes:
-        values: one for each measured objective, measured or predicted; None while nothing is known.
-        variances: of a prediction, one for each measured objective; zero for a measured value.
-        known: costs by name.
-    """
-
-    config: TrialConfig
-    known: Mapping[str, float]
-    values: tuple[float, ...] | None
-    variances: tuple[float, ...] = ()
 
 
 Costs = Callable[[TrialConfig], Mapping[str, float]]
@@ -63,19 +42,27 @@ class Proposer:
     Args:
         costs: of a configuration, by name.
         seed: of the study.
+        pool: the only configurations that there are, if they are few; None: any of the space.
     """
 
-    def __init__(self, space: SearchSpace, objectives: tuple[Objective, ...], costs: Costs, seed: int) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        objectives: tuple[Objective, ...],
+        costs: Costs,
+        seed: int,
+        pool: Sequence[TrialConfig] | None = None,
+    ) -> None:
         self._space, self._objectives, self._costs, self._seed = space, objectives, costs, seed
         self._measured = [objective for objective in objectives if objective.kind == "measured"]
         self._known = [objective for objective in objectives if objective.kind == "known"]
         self._encoding = Encoding(space, objectives)
-        self._fitted: dict[tuple[str, int], Hyperparameters] = {}
+        self._pool = None if pool is None else [(config, costs(config)) for config in pool]
 
     def propose(
         self, observations: Sequence[Observation], number: int, allowed: Callable[[TrialConfig], bool]
-    ) -> Params | None:
-        """Parameters of the next trial; None if no candidate is allowed.
+    ) -> TrialConfig | None:
+        """The configuration of the next trial; None if no candidate is allowed.
 
         Args:
             observations: all trials of the study, in the order of their numbers.
@@ -88,24 +75,25 @@ class Proposer:
         candidates = self._candidates(random, good, allowed)
         if not candidates:
             return None
-        features_MD = np.stack([self._encoding.features(config, known) for _, config, known in candidates])
+        features_MD = np.stack([self._encoding.features(config, known) for config, known in candidates])
         if len(measured) < STARTUP:
             scores = self._distances(features_MD, observations)
         else:
-            scores = self._improvements(features_MD, [known for _, _, known in candidates], observations)
+            scores = self._improvements(features_MD, [known for _, known in candidates], observations)
         return candidates[int(np.argmax(scores))][0]
 
     def _candidates(
         self, random: np.random.Generator, good: Sequence[Observation], allowed: Callable[[TrialConfig], bool]
-    ) -> list[tuple[Params, TrialConfig, Mapping[str, float]]]:
-        """Random configurations, and neighbours of the front."""
+    ) -> list[tuple[TrialConfig, Mapping[str, float]]]:
+        """The pool, or random configurations and neighbours of the front."""
+        if self._pool is not None:
+            return [(config, known) for config, known in self._pool if allowed(config)]
         drawn = [draw(self._space, random) for _ in range(CANDIDATES)]
         for row in front([self._row(each) for each in good], self._objectives) if good else ():
             params = self._space.params_of(good[row].config)
             if params is not None:
                 drawn += [neighbour(self._space, random, params) for _ in range(NEIGHBOURS)]
-        configs = [(params, self._space.build(params)) for params in drawn]
-        return [(params, config, self._costs(config)) for params, config in configs if allowed(config)]
+        return [(config, self._costs(config)) for config in map(self._space.build, drawn) if allowed(config)]
 
     def _row(self, observation: Observation) -> list[float]:
         assert observation.values is not None
@@ -149,11 +137,7 @@ class Proposer:
         return expected_improvement(mean, deviation, positions, kept, corner)
 
     def _model(self, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
-        values, extra = observed(measured, index)
-        count, key = _fitted_at(len(measured)), self._measured[index].name
-        if (key, count) not in self._fitted:
-            self._fitted[key, count] = Surrogate(features_ND[:count], values[:count], extra[:count]).hyperparameters
-        return Surrogate(features_ND, values, extra, self._fitted[key, count])
+        return Surrogate(features_ND, *observed(measured, index))
 
     def _believed(self, model: Surrogate, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
         """The model after running trials have got what it predicts."""
@@ -161,20 +145,3 @@ class Proposer:
         expected = model.mean(features_ND[len(measured) :])
         padded = np.concatenate([extra, np.zeros(len(expected))])
         return Surrogate(features_ND, np.concatenate([values, expected]), padded, model.hyperparameters)
-
-
-def observed(measured: Sequence[Observation], index: int) -> tuple[Array, Array]:
-    """Values and extra variances of a measured objective; see `WINSOR`."""
-    values = np.array([each.values[index] for each in measured if each.values is not None])
-    extra = np.array([each.variances[index] if each.variances else 0.0 for each in measured])
-    median = float(np.median(values))
-    return np.maximum(values, median - WINSOR * max(float(values.max()) - median, 1e-6)), extra
-
-
-def _fitted_at(count: int) -> int:
-    """The largest of 6, 7, 9, 11 and so on that is not above `count`: the hyperparameters follow from the first so many
-    observations, whenever they are asked for."""
-    size = STARTUP
-    while (larger := max(size + 1, int(size * GROWTH))) <= count:
-        size = larger
-    return size

@@ -16,11 +16,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.config import TrialConfig
+from tuner.search.observations import Observation
 from tuner.search.sampling.library import OptunaKind, optuna_sampler
-from tuner.search.sampling.proposer import Costs, Observation, Proposer
+from tuner.search.sampling.proposer import Costs, Proposer
 from tuner.space.draws import draw
 from tuner.space.grid import grid
-from tuner.space.search_space import Params, SearchSpace
+from tuner.space.search_space import SearchSpace
 from tuner.study.config import SamplerName
 from tuner.study.objectives import Objective
 
@@ -118,16 +119,13 @@ class _Process:
 
     def draw(self, number: int, past: Past, allowed: Allowed) -> Drawn | None:
         """The proposal of the Gaussian process, or any new configuration if none of its candidates is new."""
-        params = self._proposer.propose(past.observations(), number, allowed) or self._any(number, allowed)
-        if params is None:
-            return None
-        config = self._space.build(params)
-        return trial_of(self._space, config, past.directions), config
+        config = self._proposer.propose(past.observations(), number, allowed) or self._any(number, allowed)
+        return None if config is None else (trial_of(self._space, config, past.directions), config)
 
-    def _any(self, number: int, allowed: Allowed) -> Params | None:
+    def _any(self, number: int, allowed: Allowed) -> TrialConfig | None:
         random = np.random.default_rng([self._seed, number, 1])
-        drawn = (draw(self._space, random) for _ in range(RANDOM_DRAWS))
-        return next((params for params in drawn if allowed(self._space.build(params))), None)
+        drawn = (self._space.build(draw(self._space, random)) for _ in range(RANDOM_DRAWS))
+        return next(filter(allowed, drawn), None)
 
 
 def trial_of(space: SearchSpace, config: TrialConfig, directions: Sequence[StudyDirection]) -> FrozenTrial:

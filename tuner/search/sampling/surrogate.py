@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ STEPS = 60
 JITTER = 1e-8
 # Hyperparameters are fitted to at most so many observations; the posterior uses all of them.
 FITTED = 250
+# They are fitted again when there are this many times as many: each fit takes as long as many predictions. So they
+# follow from the observations alone, whoever asks and when.
+GROWTH = 1.15
 SQRT5 = math.sqrt(5.0)
 
 
@@ -67,10 +71,7 @@ class Surrogate:
         self._features = features
         self._center, self._scale = float(np.mean(values)), float(np.std(values)) or 1.0
         scaled, noise = (values - self._center) / self._scale, extra / self._scale**2
-        if hyperparameters is None:
-            rows = np.unique(np.linspace(0, len(values) - 1, min(len(values), FITTED)).round().astype(int))
-            hyperparameters = fit(features[rows], scaled[rows], noise[rows])
-        self.hyperparameters = hyperparameters
+        self.hyperparameters = hyperparameters = hyperparameters or _fitted(features, values, extra)
         kernel = _kernel(features, features, hyperparameters)
         kernel[np.diag_indices_from(kernel)] += noise + math.exp(2 * hyperparameters.noise) + JITTER
         self._lower = np.linalg.cholesky(kernel)
@@ -100,6 +101,23 @@ class Surrogate:
         solved = np.linalg.solve(self._lower, cross.T)
         prior = _kernel(features, features, self.hyperparameters)
         return np.asarray(self._scale**2 * (prior - solved.T @ solved))
+
+
+def _fitted(features: Array, values: Array, extra: Array) -> Hyperparameters:
+    """Hyperparameters from the first observations; see `GROWTH`."""
+    size = 2
+    while (larger := max(size + 1, int(size * GROWTH))) <= len(values):
+        size = larger
+    rows = np.unique(np.linspace(0, size - 1, min(size, FITTED)).round().astype(int))
+    center, scale = float(np.mean(values[rows])), float(np.std(values[rows])) or 1.0
+    parts = (features[rows], (values[rows] - center) / scale, extra[rows] / scale**2)
+    return _fit_cached(*(np.ascontiguousarray(part).tobytes() for part in parts), features.shape[1])
+
+
+@lru_cache(maxsize=64)
+def _fit_cached(features: bytes, values: bytes, noise: bytes, width: int) -> Hyperparameters:
+    """`fit`, once for the same observations: samplers, rules and reports all ask for them."""
+    return fit(np.frombuffer(features).reshape(-1, width), np.frombuffer(values), np.frombuffer(noise))
 
 
 def fit(features: Array, values: Array, noise: Array) -> Hyperparameters:
