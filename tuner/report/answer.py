@@ -15,8 +15,14 @@ def headline(study: Study) -> list[str]:
 
 
 def best_point(points: list[Point], metric: str) -> Point:
-    """The best of some points on validation."""
-    return max(points, key=lambda point: point.validation.value(metric) or 0.0)
+    """The best of some points on validation: by the expected value, if all have one."""
+
+    def worth(point: Point) -> float:
+        if all(each.belief for each in points) and point.belief is not None:
+            return point.belief.expected.get(metric, 0.0)
+        return point.validation.value(metric) or 0.0
+
+    return max(points, key=worth)
 
 
 def _so_far(study: Study) -> list[str]:

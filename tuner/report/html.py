@@ -105,6 +105,7 @@ class _Row:
     targets: str
     layers: str
     validation: float | None
+    expected: tuple[float, float] | None
     test: float | None
     interval: Interval | None
     difference: tuple[float, Interval] | None
@@ -120,6 +121,7 @@ class _Page:
     metric: str
     headline: list[str]
     points: list[_Row]
+    believed: bool
     charts: dict[str, Spec]
     dimensions: list[tuple[str, str]]
     columns: list[str]
@@ -137,6 +139,7 @@ def _page(study: Study, elsewhere: bool) -> _Page:
         metric=metric,
         headline=headline(study),
         points=[_row(point, metric) for point in points],
+        believed=any(point.belief for point in points),
         charts=charts,
         dimensions=[(f"dimension-{i}", path) for i, path in enumerate(study.searched) if f"dimension-{i}" in charts],
         columns=list(paths),
@@ -156,15 +159,29 @@ def _row(point: Point, metric: str) -> _Row:
     lora, found = point.config.lora, point.test_vs_baseline.get(metric)
     return _Row(
         point=point,
-        kind=", ".join(filter(None, ["front" if point.on_front else None, ORIGINS.get(point.origin)])),
+        kind=", ".join(filter(None, [_standing(point), ORIGINS.get(point.origin)])),
         targets=placed(", ".join(lora.targets), lora.placement) if lora else "",
         layers=_spans(list(point.layers)),
         validation=point.validation.value(metric),
+        expected=_expected(point, metric),
         test=point.test.value(metric),
         interval=point.interval(metric),
         difference=(found.difference, found.interval) if found and point.origin != BASELINE else None,
         sides={way: point.test.side(way) for way in WAYS},
     )
+
+
+def _standing(point: Point) -> str | None:
+    if point.belief is None:
+        return "front" if point.on_front else None
+    return f"{'front' if point.on_front else 'off the front'}, probability {point.belief.probability:.0%}"
+
+
+def _expected(point: Point, metric: str) -> tuple[float, float] | None:
+    belief = point.belief
+    if belief is None or metric not in belief.expected:
+        return None
+    return belief.expected[metric], belief.deviation.get(metric, 0.0)
 
 
 def _spans(layers: list[int]) -> str:
