@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tuner.config import LoraSpec, OptimSpec, TrialConfig
-from tuner.search.judgement import judge
+from tuner.search.judgement import _probabilities, judge
 from tuner.space import load_space
 from tuner.study.events import EpochDone, State
 from tuner.study.history import Trial
@@ -96,6 +96,16 @@ def test_the_front_is_that_of_the_expected_values() -> None:
         name for name, belief in beliefs.items() if belief.on_front
     }
     assert judge(trials, SPACE, BOTH) == beliefs, "the same every time"
+
+
+def test_probabilities_of_one_metric_are_those_of_the_fronts() -> None:
+    """The fast way against a front for each sample, with two trials of one cost."""
+    random = np.random.default_rng(0)
+    samples, costs = random.random((50, 9, 1)), np.array([[1.0], [2], [2], [3], [5], [4], [4], [4], [9]])
+    counts = np.zeros(9)
+    for sample in samples:
+        counts[front(np.column_stack([sample, costs]), BOTH)] += 1
+    np.testing.assert_array_equal(_probabilities(samples, costs, BOTH), counts / 50)
 
 
 def test_failed_and_stopped_trials_are_not_judged() -> None:

@@ -85,7 +85,16 @@ def _draw(mean_N: Array, covariance_NN: Array, random: np.random.Generator) -> A
 
 def _probabilities(samples_SNK: Array, cost_NC: Array, objectives: Sequence[Objective]) -> Array:
     """Share of the samples in which each trial is on the front."""
+    if samples_SNK.shape[2] == 1:
+        return _probabilities_of_one(samples_SNK[:, :, 0], cost_NC)
     counts = np.zeros(samples_SNK.shape[1])
     for sample_NK in samples_SNK:
         counts[front(np.column_stack([sample_NK, cost_NC]), objectives)] += 1
     return counts / len(samples_SNK)
+
+
+def _probabilities_of_one(samples_SN: Array, cost_NC: Array) -> Array:
+    """The same for one metric to maximise and costs to minimise: no trial that costs as much or less is better."""
+    rivals_NN = (cost_NC[None, :, :] <= cost_NC[:, None, :]).all(axis=2)
+    best = (samples_SN[:, rivals_N].max(axis=1) for rivals_N in rivals_NN)
+    return np.array([float(np.mean(samples_SN[:, row] >= each)) for row, each in enumerate(best)])

@@ -1,8 +1,8 @@
 """The next configuration by a Gaussian process on the metric, with costs that are known exactly.
 
-The first points cover the space evenly, costs included: of many random configurations the one farthest from all that
-the study has. Later ones maximise the expected improvement of the hypervolume over random configurations and
-neighbours of the front. A running trial counts as if it had its predicted value (Ginsbourger et al. 2010, "kriging
+The first points are random and cover the costs evenly: of many random configurations the one whose costs are farthest
+from all that the study has. Later ones maximise the expected improvement of the hypervolume over random configurations
+and neighbours of the front. A running trial counts as if it had its predicted value (Ginsbourger et al. 2010, "kriging
 believer"), so that many lanes do not draw the same point. Everything depends on the study's seed, the trial's number
 and the observations in the order of their trials alone.
 
@@ -77,7 +77,7 @@ class Proposer:
             return None
         features_MD = np.stack([self._encoding.features(config, known) for config, known in candidates])
         if len(measured) < STARTUP:
-            scores = self._distances(features_MD, observations)
+            scores = self._distances([known for _, known in candidates], observations)
         else:
             scores = self._improvements(features_MD, [known for _, known in candidates], observations)
         return candidates[int(np.argmax(scores))][0]
@@ -99,12 +99,18 @@ class Proposer:
         assert observation.values is not None
         return [*observation.values, *(observation.known[cost.name] for cost in self._known)]
 
-    def _distances(self, features_MD: Array, observations: Sequence[Observation]) -> Array:
-        """Distance of each candidate to the nearest trial."""
-        if not observations:
-            return np.zeros(len(features_MD))
-        taken_ND = np.stack([self._encoding.features(each.config, each.known) for each in observations])
-        return np.asarray(np.min(np.linalg.norm(features_MD[:, None] - taken_ND[None], axis=2), axis=1))
+    def _distances(self, known: Sequence[Mapping[str, float]], observations: Sequence[Observation]) -> Array:
+        """Distance of each candidate's costs to those of the nearest trial, on the scales of the costs.
+
+        Not of all features: the ends of a space, such as its largest learning rate, are rarely its best part.
+        """
+        if not observations or not self._known:
+            return np.zeros(len(known))
+        places_MC, taken_NC = (
+            np.array([[cost.position(each[cost.name]) for cost in self._known] for each in costs])
+            for costs in (known, [each.known for each in observations])
+        )
+        return np.asarray(np.min(np.linalg.norm(places_MC[:, None] - taken_NC[None], axis=2), axis=1))
 
     def _improvements(
         self, features_MD: Array, known: Sequence[Mapping[str, float]], observations: Sequence[Observation]
