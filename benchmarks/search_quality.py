@@ -1,22 +1,21 @@
 """Which search reports the best front for the training that it spends? `python -m benchmarks.search_quality` replays
 recorded curves (`benchmarks.record`).
 
-Each replay is a study over the recorded configurations: its trials' epochs are those of the table, and samplers,
-stopping rule and judgement are the project's own. A sampler that draws from the whole space gets the recorded
-configuration nearest to its draw.
+Each replay is a study over a table of configurations: its trials' epochs are those of the table, and samplers, stopping
+rule and judgement are the project's own. A sampler that draws from the whole space gets the configuration of the table
+that is nearest to its draw.
 
-The table has one value of each configuration, which is noisy, and a search must not be judged by the noise that it was
-misled by. So each replay halves the validation queries at random: the search sees recall on one half, and its front is
-judged by recall on the other. Hypervolumes are above the projection alone and below the largest cost in the table, as
-a share of what the front of all configurations has on the judging half.
+A recorded table has one value of each configuration, which is noisy, and a search must not be judged by the noise that
+misled it. So each replay halves the validation queries at random: the search sees recall on one half, and its front is
+judged by recall on the other. Without a table, curves are made whose truth is known (`benchmarks/curves.py`).
 
-Shapes: Q queries of one direction.
+Hypervolumes are above the projection alone and below the largest cost of the table, as a share of what the front of
+all configurations has.
 """
 
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +24,10 @@ from typing import Annotated
 
 import numpy as np
 import optuna
-import pyarrow.parquet as pq
 import typer
-from numpy.typing import NDArray
 
 from benchmarks import run
-from benchmarks.record import FILE
+from benchmarks.curves import METRIC, SPACE, Curve, halve, load, make_curves
 from benchmarks.table import show
 from tuner.config import TrialConfig
 from tuner.search.judgement import judge
@@ -39,18 +36,14 @@ from tuner.search.sampling.encoding import Encoding
 from tuner.search.sampling.proposer import Proposer
 from tuner.search.sampling.samplers import Past, Sampler, make_sampler, trial_of
 from tuner.search.stopping import NeverStop, StopHopeless, StoppingRule
-from tuner.space import load_space
 from tuner.study.config import SamplerName
-from tuner.study.events import BASELINE, RECOMMENDED, EpochDone, read_event
+from tuner.study.events import BASELINE, RECOMMENDED
 from tuner.study.history import Trial
 from tuner.study.objectives import TRAINABLE_PARAMETERS, choose_objectives
 from tuner.study.pareto import front, hypervolume
-from tuner.study.ranks import QueryRanks
 from tuner.study.rungs import Decision, is_due
 
-METRIC = "recall@10"
 OBJECTIVES = choose_objectives([METRIC, TRAINABLE_PARAMETERS])
-SPACE = load_space("attention_only")
 
 
 @dataclass(frozen=True)
@@ -79,17 +72,6 @@ METHODS = (
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A recorded configuration: what the search sees of it, and what it is worth on the other half of the queries."""
-
-    config: TrialConfig
-    origin: str
-    cost: float
-    epochs: tuple[EpochDone, ...]
-    worth: float
-
-
-@dataclass(frozen=True)
 class Replayed:
     """A study so far: training epochs spent, hours on its lanes, trials begun; true hypervolume of the reported front
     and of everything tried."""
@@ -99,46 +81,6 @@ class Replayed:
     trials: int
     reported: float
     tried: float
-
-
-def load(path: Path = FILE) -> list[tuple[TrialConfig, str, float, list[EpochDone]]]:
-    """Configurations of a table with their origins, costs and epochs."""
-    found: dict[tuple[str, str], tuple[TrialConfig, str, float, list[EpochDone]]] = {}
-    for row in pq.read_table(path).to_pylist():
-        key = (row["study"], row["trial"])
-        config = TrialConfig.model_validate_json(row["config"])
-        found.setdefault(key, (config, row["origin"], float(row["trainable_parameters"]), []))
-        event = read_event(json.loads(row["event"]))
-        assert isinstance(event, EpochDone)
-        found[key][3].append(event)
-    return list(found.values())
-
-
-def halve(recorded: Sequence[tuple[TrialConfig, str, float, list[EpochDone]]], seed: int) -> list[Curve]:
-    """The same configurations with the queries of this seed's two halves."""
-    random, halves = np.random.default_rng(seed), dict[tuple[int, int], tuple[NDArray[np.int64], ...]]()
-    curves = []
-    for config, origin, cost, epochs in recorded:
-        seen = []
-        for epoch in epochs:
-            ranks = QueryRanks.from_text(epoch.ranks or "")
-            assert ranks is not None, "the table has no ranks"
-            size = (len(ranks.audio_to_text), len(ranks.text_to_audio))
-            if size not in halves:
-                halves[size] = tuple(random.permutation(count) for count in size)
-            ours, theirs = (_part(ranks, halves[size], side) for side in (0, 1))
-            seen.append(epoch.model_copy(update={"metrics": {METRIC: _recall(ours)}, "ranks": ours.to_text()}))
-        curves.append(Curve(config, origin, cost, tuple(seen), _recall(theirs)))
-    return curves
-
-
-def _part(ranks: QueryRanks, orders: tuple[NDArray[np.int64], ...], side: int) -> QueryRanks:
-    a, b = (order[side::2] for order in orders)
-    return QueryRanks(ranks.audio_to_text[a], ranks.text_to_audio[b])
-
-
-def _recall(ranks: QueryRanks) -> float:
-    return float(np.mean([values.mean() for values in ranks.per_query(METRIC)]))
 
 
 @dataclass
@@ -291,21 +233,24 @@ def at(states: Sequence[Replayed], epochs: int) -> Replayed:
 
 
 def main(
-    table: Path = FILE,
+    table: Annotated[Path | None, typer.Option(help="recorded curves; default: made ones")] = None,
     seeds: int = 30,
+    configurations: Annotated[int, typer.Option(help="of made curves")] = 100,
+    most: Annotated[int, typer.Option(help="trials' worth of epochs to spend")] = 40,
     lanes: Annotated[int, typer.Option(help="trials that train at once")] = 1,
     level: Annotated[float, typer.Option(help="of the stopping rule")] = 0.05,
     only: Annotated[str, typer.Option(help="methods whose name contains this")] = "",
 ) -> None:
     """Replay every method and print what it reports for how many epochs."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    recorded = load(table)
-    length = len(recorded[0][3])
-    budgets = [length * trials for trials in (8, 12, 20, 40, 80) if trials <= len(recorded)]
+    recorded = load(table) if table is not None else None
+    tables = [halve(recorded, seed) if recorded else make_curves(configurations, seed) for seed in range(seeds)]
+    length = len(tables[0][0].epochs)
+    budgets = [length * trials for trials in (8, 12, 20, 40, 80) if trials <= min(most, len(tables[0]))]
     rows = []
     for method in (each for each in METHODS if only in each.name):
         replays = [
-            _Study(halve(recorded, seed), method, seed, lanes, level).replay(budgets[-1] + 1) for seed in range(seeds)
+            _Study(curves, method, seed, lanes, level).replay(budgets[-1] + 1) for seed, curves in enumerate(tables)
         ]
         cells = []
         for budget in budgets:
@@ -318,8 +263,8 @@ def main(
         typer.echo(f"{method.name}: {cells}", err=True)
     columns = ["search", *(f"{budget} epochs" for budget in budgets)]
     title = (
-        f"True hypervolume of the reported front (of all that was tried) and trials begun; {len(recorded)} recorded "
-        f"configurations of {length} epochs, {seeds} seeds, {lanes} lanes"
+        f"True hypervolume of the reported front (of all that was tried) and trials begun; {len(tables[0])} "
+        f"{'recorded' if recorded else 'made'} configurations of {length} epochs, {seeds} seeds, {lanes} lanes"
     )
     show(title, columns, rows)
 

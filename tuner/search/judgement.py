@@ -95,6 +95,6 @@ def _probabilities(samples_SNK: Array, cost_NC: Array, objectives: Sequence[Obje
 
 def _probabilities_of_one(samples_SN: Array, cost_NC: Array) -> Array:
     """The same for one metric to maximise and costs to minimise: no trial that costs as much or less is better."""
-    rivals_NN = (cost_NC[None, :, :] <= cost_NC[:, None, :]).all(axis=2)
+    rivals_NN: NDArray[np.bool_] = np.all(cost_NC[None, :, :] <= cost_NC[:, None, :], axis=2)
     best = (samples_SN[:, rivals_N].max(axis=1) for rivals_N in rivals_NN)
     return np.array([float(np.mean(samples_SN[:, row] >= each)) for row, each in enumerate(best)])
