@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import yaml
 
 from tuner.config import HeadSpec, LoraSpec, LossSpec, OptimSpec, TrialConfig
 from tuner.errors import PlacementError, SpaceError
+from tuner.search.request import fixed_configurations
 from tuner.space import SearchSpace, list_spaces, load_space
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -452,3 +454,39 @@ def test_spaces_load_without_torch_or_optuna() -> None:
         "import sys, tuner.space as s; s.list_spaces(); sys.exit(bool({'torch', 'optuna', 'ray'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+# The user's own configurations
+
+START = {"lora.rank": 4, "lora.targets": "query", "lora.dropout": 0.1, "head.kind": "linear"}
+
+
+def test_a_space_names_configurations_to_start_with() -> None:
+    started = space(start=[START, {**START, "head.kind": "mlp", "head.hidden": 128}])
+    first, second = started.starts()
+    assert first.lora == LoraSpec(rank=4, dropout=0.1, targets=("q_proj",)) and second.head.hidden == 128
+    assert SearchSpace.from_dict(started.to_dict(), "again") == started
+    fixed = fixed_configurations(started)
+    assert list(fixed) == ["projection_only", "recommended", "start_1", "start_2"] and fixed["start_2"] == second
+
+
+def test_the_recommended_configuration_is_not_trained_twice() -> None:
+    own = load_space("attention_only").to_dict()
+    recommended = load_space("attention_only").params_of(RECOMMENDED)
+    twice = SearchSpace.from_dict({**own, "start": [recommended, {**(recommended or {}), "lora.rank": 5}]}, "here")
+    assert list(fixed_configurations(twice)) == ["projection_only", "recommended", "start_2"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"lora.rank": 4}, "start: entry 1 lacks lora.targets; give a value for each dimension"),
+        ({**START, "lora.rank": 5}, "entry 1 has lora.rank 5, which is outside its range or grid; change it"),
+        ({**START, "lora.targets": "q_proj"}, "entry 1 has lora.targets 'q_proj', which is outside"),
+        ({**START, "head.hidden": 64}, "entry 1 has head.hidden, which is off by its condition; drop it"),
+        ({**START, "lora.rnk": 4}, r"entry 1 has 'lora.rnk', which is no dimension (did you mean lora.rank?); put"),
+    ],
+)
+def test_a_start_outside_the_space_is_refused(entry: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SpaceError, match=re.escape(sentence)):
+        space(start=[entry])

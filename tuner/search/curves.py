@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuner.study.history import Trial
+from tuner.study.ranks import QueryRanks, paired_error
 
 # Complete trials before their gains predict anything.
 ENOUGH = 3
@@ -52,6 +53,15 @@ def predicted(trial: Trial, complete: Sequence[Trial], metric: str) -> tuple[flo
         return None
     gain = gain_after(trial.last.epoch, trial, complete, metric)
     return None if gain is None else (value + gain.mean, gain.deviation)
+
+
+def query_error(trial: Trial, rival: Trial, metric: str) -> float:
+    """Standard error of the paired difference between two trials after their latest epochs; 0 without ranks."""
+    ranks = [each.last.ranks for each in (trial, rival) if each.last is not None and each.last.ranks]
+    parsed = [found for found in map(QueryRanks.from_text, ranks) if found is not None]
+    if len(parsed) != 2:
+        return 0.0
+    return paired_error(parsed[0], parsed[1], metric) or 0.0
 
 
 def _gain(trial: Trial, epoch: int, metric: str) -> float:

@@ -228,7 +228,7 @@ class _Search:
         if self.request.study_storage is not None:
             known = {trial.number for trial in study.get_trials(deepcopy=False) if "config" in trial.user_attrs}
             begun = checkpointed(self.request.study_storage, known)
-            adopt(study, self.record.space, fixed_configurations(), begun)
+            adopt(study, self.record.space, fixed_configurations(self.record.space), begun)
         return study
 
     def _searcher(self, study: optuna.Study, lanes: Fleet) -> StudySearcher:
@@ -237,7 +237,7 @@ class _Search:
             space=self.record.space,
             objectives=self.record.objectives,
             known=self.costs,
-            fixed=fixed_configurations(),
+            fixed=fixed_configurations(self.record.space),
             trials=self.record.trials,
             extra={"coordinator": lanes.name, "epochs": self.record.settings.epochs},
             seed=self.record.seed,

@@ -119,7 +119,7 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
 def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
     """The configurations that a new study would draw without any results."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config, fixed = request.config, fixed_configurations()
+    config, fixed = request.config, fixed_configurations(request.config.space)
     study = optuna.create_study(directions=[objective.direction for objective in config.objectives])
     # The searcher adds costs to each suggestion; here nothing reads them.
     searcher = StudySearcher(

@@ -12,7 +12,7 @@ from tuner.config import TrialConfig
 from tuner.errors import StudyError
 from tuner.lanes.fleet import Fleet
 from tuner.lanes.messages import Confirmation
-from tuner.study.events import BASELINE, RECOMMENDED, trial_id
+from tuner.study.events import BASELINE, SAMPLED, trial_id
 from tuner.study.objectives import Objective
 from tuner.study.pareto import front
 from tuner.study.points import Belief, Point
@@ -23,7 +23,7 @@ WAIT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Selection:
-    """Trials to confirm: the validation front, and the two references that every search measures."""
+    """Trials to confirm: the validation front, and those that were not drawn: references and the user's own."""
 
     trials: tuple[FrozenTrial, ...]
     front: frozenset[str]
@@ -46,7 +46,7 @@ def select(
     else:
         chosen = set(front([trial.values for trial in complete], objectives))
     origins = [trial.user_attrs["origin"] for trial in complete]
-    kept = [i for i in range(len(complete)) if i in chosen or origins[i] in (BASELINE, RECOMMENDED)]
+    kept = [i for i in range(len(complete)) if i in chosen or origins[i] != SAMPLED]
     baseline = next((trial_id(complete[i].number) for i in kept if origins[i] == BASELINE), None)
     on_front = frozenset(trial_id(complete[i].number) for i in chosen)
     return Selection(tuple(complete[i] for i in kept), on_front, baseline, dict(beliefs or {}))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.config import TrialConfig
-from tuner.search.curves import predicted
+from tuner.search.curves import predicted, query_error
 from tuner.study.history import Trial
 
 Array = NDArray[np.float64]
@@ -29,7 +29,9 @@ class Observation:
 
     Attributes:
         values: one for each measured objective, measured or predicted; None while nothing is known.
-        variances: of a prediction, one for each measured objective; zero for a measured value.
+        variances: one for each measured objective: of a prediction, or of a measured value by the chance of its queries,
+            as far as trials differ in that.
+        complete: whether the values were measured after the last epoch.
         known: costs by name.
     """
 
@@ -37,6 +39,7 @@ class Observation:
     known: Mapping[str, float]
     values: tuple[float, ...] | None
     variances: tuple[float, ...] = ()
+    complete: bool = False
 
 
 def observe(trials: Sequence[Trial], measured: Sequence[str]) -> dict[str, Observation]:
@@ -54,13 +57,23 @@ def _observation(trial: Trial, complete: Sequence[Trial], measured: Sequence[str
     if trial.state == "complete":
         values = tuple(trial.value(name) for name in measured)
         finite = values if all(map(math.isfinite, values)) else None
-        return Observation(trial.config, trial.known, finite, (0.0,) * len(values))
+        variances = tuple(_query_variance(trial, complete, name) for name in measured)
+        return Observation(trial.config, trial.known, finite, variances, complete=True)
     found = [predicted(trial, complete, name) for name in measured]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         return Observation(trial.config, trial.known, None)
     variances = tuple(deviation**2 for _, deviation in known)
     return Observation(trial.config, trial.known, tuple(mean for mean, _ in known), variances)
+
+
+def _query_variance(trial: Trial, complete: Sequence[Trial], metric: str) -> float:
+    """Half of the squared paired error against the first other complete trial; 0 without ranks.
+
+    The luck that a set of queries gives to all trials alike moves no decision, so it is no noise here.
+    """
+    rival = next((other for other in complete if other is not trial), None)
+    return 0.0 if rival is None else query_error(trial, rival, metric) ** 2 / 2
 
 
 def observed(measured: Sequence[Observation], index: int) -> tuple[Array, Array]:

@@ -14,9 +14,10 @@ from tuner.lanes.fleet import FleetOptions
 from tuner.lora.placement import trainable_parameters
 from tuner.search.durable.head_lease import HeadLease
 from tuner.search.durable.mirror import SHORT_PATIENCE, fetch_study
+from tuner.space import SearchSpace
 from tuner.storage import Storage
 from tuner.study.config import DataFacts, EncoderFacts, StudyConfig, StudyRecord
-from tuner.study.events import BASELINE, RECOMMENDED
+from tuner.study.events import BASELINE, RECOMMENDED, STARTED
 from tuner.study.folder import RECORD_FILE, StudyFolder
 
 # The strategy document's recommendation: rank 16, alpha 32, dropout 0.1 on the attention projections of every block.
@@ -78,9 +79,14 @@ def path_note(spec: EncoderSpec) -> str | None:
     return f"{spec.source}: the whole model is the encoder, since it has no separate tower (path {spec.path})"
 
 
-def fixed_configurations() -> dict[str, TrialConfig]:
-    """The trials that every study runs first: the projection alone, and the strategy document's recommendation."""
-    return {BASELINE: TrialConfig(), RECOMMENDED: TrialConfig(lora=RECOMMENDATION)}
+def fixed_configurations(space: SearchSpace | None = None) -> dict[str, TrialConfig]:
+    """The trials that a study runs first: the projection alone, the strategy document's recommendation, and the
+    configurations of the space's `start`."""
+    found = {BASELINE: TrialConfig(), RECOMMENDED: TrialConfig(lora=RECOMMENDATION)}
+    for number, config in enumerate(space.starts() if space is not None else [], start=1):
+        if config not in found.values():
+            found[f"{STARTED}_{number}"] = config
+    return found
 
 
 def check_new(folder: StudyFolder, storage: Storage | None = None) -> None:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Protocol
 
-from tuner.search.curves import predicted
+from tuner.search.curves import predicted, query_error
 from tuner.search.judgement import judge
 from tuner.space import SearchSpace
 from tuner.study.history import Trial
 from tuner.study.objectives import Objective
-from tuner.study.ranks import QueryRanks, paired_error
 from tuner.study.rungs import Decision, rung_epochs
 
 
@@ -134,7 +133,7 @@ class StopHopeless:
         if final is None or not math.isfinite(value):
             return None
         mean, deviation = final
-        error = math.hypot(deviation, _query_error(trial, rival, metric))
+        error = math.hypot(deviation, query_error(trial, rival, metric))
         return 1.0 - NormalDist(mean, error).cdf(value)
 
     def _reason(self, trial: Trial, rival: Trial, hope: float) -> str:
@@ -144,12 +143,3 @@ class StopHopeless:
             f"after epoch {epoch} with {metric} {trial.value(metric):.3f}: {rival.trial} {costs} has "
             f"{rival.value(metric):.3f}; the chance to be on the front was {hope:.1%}"
         )
-
-
-def _query_error(trial: Trial, rival: Trial, metric: str) -> float:
-    """Standard error of the paired difference between the trial now and the rival at its end; 0 without ranks."""
-    ranks = [each.last.ranks for each in (trial, rival) if each.last is not None and each.last.ranks]
-    parsed = [found for found in map(QueryRanks.from_text, ranks) if found is not None]
-    if len(parsed) != 2:
-        return 0.0
-    return paired_error(parsed[0], parsed[1], metric) or 0.0

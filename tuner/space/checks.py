@@ -44,6 +44,34 @@ def check_space(target_sets: TargetSets, fixed: Mapping[str, Any], dimensions: D
     _check_lora(fixed, dimensions)
 
 
+def check_start(number: int, params: Mapping[str, Any], dimensions: Dimensions) -> None:
+    """Check a configuration of `start`: a value of its range for each dimension that is on, and nothing else.
+
+    Raises:
+        SpaceError: names the entry, counted from 1, and the dimension.
+    """
+    where = f"start: entry {number}"
+    for path in params:
+        if path not in dimensions:
+            raise SpaceError(
+                f"{where} has {near.shown(path)}, which is no dimension{nearest(path, dimensions)}; put "
+                "values that are not searched under fixed"
+            )
+    on: dict[str, Any] = {}
+    for path, dimension in dimensions.items():
+        if not dimension.active(on):
+            if path in params:
+                raise SpaceError(f"{where} has {path}, which is off by its condition; drop it")
+            continue
+        if path not in params:
+            raise SpaceError(f"{where} lacks {path}; give a value for each dimension")
+        if dimension.locate(params[path]) is None:
+            raise SpaceError(
+                f"{where} has {path} {near.shown(params[path])}, which is outside its range or grid; change it"
+            )
+        on[path] = params[path]
+
+
 def resolve_modules(targets: object, target_sets: TargetSets) -> tuple[str, ...]:
     """The modules of a target set, a single module or an explicit list."""
     if isinstance(targets, str):

@@ -14,6 +14,11 @@
 Dimensions are dotted paths of `TrialConfig`, sampled in the order of the file. A field keeps its default if it is not
 fixed, not searched, or off by its condition. Values of `lora.targets` are target sets, or modules of a target set. A
 space without any `lora.*` field trains only the projection.
+
+`start` lists configurations that a study trains first, each a value for every dimension that is on:
+
+    start:
+      - {lora.rank: 8, lora.targets: v_proj, lora.dropout: 0.1, loss.learn_temperature: true}
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from tuner.config import Frozen, LoraSpec, TrialConfig, read_yaml
 from tuner.errors import ConfigError, SpaceError
-from tuner.space.checks import check_space, describe, resolve_modules
+from tuner.space.checks import check_space, check_start, describe, resolve_modules
 from tuner.space.dimension import PLACEMENT, TARGETS, Dimension, SuggestProtocol
 
 # Fields that decide which modules are adapted, fields that never change the parameter count, and fields that raise it.
@@ -48,12 +53,19 @@ class SearchSpace(Frozen):
     target_sets: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     fixed: dict[str, Any] = Field(default_factory=dict)
     dimensions: dict[str, Dimension] = Field(min_length=1)
+    start: tuple[dict[str, Any], ...] = Field(default=(), description="the user's own configurations, trained first")
 
     @model_validator(mode="after")
     def _check(self) -> SearchSpace:
         """Check what needs more than one field; a SpaceError passes through pydantic unchanged."""
         check_space(self.target_sets, self.fixed, self.dimensions)
+        for number, params in enumerate(self.start, start=1):
+            check_start(number, params, self.dimensions)
         return self
+
+    def starts(self) -> list[TrialConfig]:
+        """The configurations of `start`."""
+        return [self.build(dict(params)) for params in self.start]
 
     @classmethod
     def from_dict(cls, values: object, origin: str) -> SearchSpace:

@@ -20,6 +20,8 @@ from tuner.study.parse import parse_json
 
 # Origins of a trial: the projection alone and the recommended LoRA, which every study measures, or the sampler.
 BASELINE, RECOMMENDED, SAMPLED = "projection_only", "recommended", "sampled"
+# Of the configurations that a space names itself: `start_1` and so on.
+STARTED = "start"
 # Names of trials become names of files and folders, and an event may come from an untrusted place.
 TRIAL_PATTERN = r"^t\d{4,9}$"
 EndState = Literal["complete", "stopped", "failed"]

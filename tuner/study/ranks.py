@@ -74,14 +74,14 @@ class QueryRanks:
 def paired_error(ours: QueryRanks, theirs: QueryRanks, metric: str) -> float | None:
     """Standard error of the difference of a metric between two trials; None if they have other queries.
 
-    The two directions share their clips, so their errors are added as if they depended on each other entirely.
+    The two directions count as independent, as where the report resamples them (`tuner.train.results.resample`).
     """
     errors = []
     for one, other in zip(ours.per_query(metric), theirs.per_query(metric), strict=True):
         if len(one) != len(other) or len(one) < 2:
             return None
         errors.append(float(np.std(one - other, ddof=1)) / math.sqrt(len(one)))
-    return sum(errors) / len(errors)
+    return math.hypot(*errors) / len(errors)
 
 
 def _thinned(ranks: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -71,7 +71,7 @@ class Proposer:
         """
         random = np.random.default_rng([self._seed, number])
         measured = [each for each in observations if each.values is not None]
-        good = [each for each in measured if not any(each.variances)] if len(measured) >= STARTUP else []
+        good = [each for each in measured if each.complete] if len(measured) >= STARTUP else []
         candidates = self._candidates(random, good, allowed)
         if not candidates:
             return None

@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 # Prior of the logarithm of each length scale: mean for one feature, and standard deviation.
 LENGTH_MEAN, LENGTH_SD = math.sqrt(2.0), math.sqrt(3.0)
 # Priors of the logarithms of signal and noise, in standard deviations of the observed values.
-SIGNAL_PRIOR, NOISE_PRIOR = (0.0, 1.0), (math.log(0.3), 0.7)
+SIGNAL_PRIOR, NOISE_PRIOR = (0.0, 1.0), (math.log(0.2), 0.5)
 CONSTANT = 1.0  # variance of the mean
 STEPS = 60
 JITTER = 1e-8
