@@ -29,8 +29,8 @@ class Observation:
 
     Attributes:
         values: one for each measured objective, measured or predicted; None while nothing is known.
-        variances: one for each measured objective: of a prediction, or of a measured value by the chance of its queries,
-            as far as trials differ in that.
+        variances: one for each measured objective: of a prediction, or of a measured value by the chance of its
+            queries, as far as trials differ in that.
         complete: whether the values were measured after the last epoch.
         known: costs by name.
     """
