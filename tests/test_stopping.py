@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.config import LoraSpec, TrialConfig
-from tuner.search.curves import ENOUGH, gain_after, predicted
+from tuner.search.curves import ENOUGH, Gains
 from tuner.search.stopping import NeverStop, StopHopeless
 from tuner.study.events import EpochDone, State
 from tuner.study.history import Trial
@@ -155,9 +155,9 @@ def test_a_gain_is_that_of_trials_of_its_kind_if_there_are_enough() -> None:
     plain = [trial(10 + n, 500, [0.2, 0.4]) for n in range(ENOUGH)]
     for each in plain:
         each.config = TrialConfig()
-    few = gain_after(1, plain[0], [*plain[:1], *KNOWN], "recall@10")
-    many = gain_after(1, plain[0], [*plain, *KNOWN], "recall@10")
+    few = Gains([*plain[:1], *KNOWN], "recall@10").after(1, has_lora=False)
+    many = Gains([*plain, *KNOWN], "recall@10").after(1, has_lora=False)
     assert few is not None and few.mean == pytest.approx(np.mean([0.2, 0.10, 0.11, 0.09, 0.10]))
     assert many is not None and many.mean == pytest.approx(0.2)
-    final = predicted(trial(9, 1, [0.3], "stopped"), KNOWN, "recall@10")
+    final = Gains(KNOWN, "recall@10").predicted(trial(9, 1, [0.3], "stopped"))
     assert final is not None and final == pytest.approx((0.4, 0.0369), abs=0.001)

@@ -31,28 +31,41 @@ class Gain:
     count: int
 
 
-def gain_after(epoch: int, trial: Trial, complete: Sequence[Trial], metric: str) -> Gain | None:
-    """The gain from an epoch to the last one; None if too few trials have shown it.
+class Gains:
+    """Of the complete trials of a study, in one metric.
+
+    Trials without LoRA gain in another way than those with it, so a kind of trial has its own gains as soon as there
+    are enough of them.
 
     Args:
-        trial: whose gain is asked for: trials without LoRA gain in another way than those with it, so they count only
-            while there are too few of its own kind.
         complete: trials that were trained to the end.
     """
-    alike = [other for other in complete if (other.config.lora is None) == (trial.config.lora is None)]
-    for trials in (alike, complete):
-        gains = [gain for gain in (_gain(other, epoch, metric) for other in trials) if math.isfinite(gain)]
-        if len(gains) >= ENOUGH:
-            return _estimate(gains)
-    return None
 
+    def __init__(self, complete: Sequence[Trial], metric: str) -> None:
+        self._complete, self._metric = complete, metric
+        self._known: dict[tuple[int, bool], Gain | None] = {}
 
-def predicted(trial: Trial, complete: Sequence[Trial], metric: str) -> tuple[float, float] | None:
-    """A trial's value after its last epoch would be, and the standard deviation of that; None if it is unknown."""
-    if trial.last is None or not math.isfinite(value := trial.last.metric(metric)):
+    def after(self, epoch: int, has_lora: bool) -> Gain | None:
+        """The gain from an epoch to the last one of a trial with or without LoRA; None if too few have shown it."""
+        key = (epoch, has_lora)
+        if key not in self._known:
+            self._known[key] = self._after(epoch, has_lora)
+        return self._known[key]
+
+    def predicted(self, trial: Trial) -> tuple[float, float] | None:
+        """A trial's value after its last epoch would be, and the standard deviation of that; None if it is unknown."""
+        if trial.last is None or not math.isfinite(value := trial.last.metric(self._metric)):
+            return None
+        gain = self.after(trial.last.epoch, trial.config.lora is not None)
+        return None if gain is None else (value + gain.mean, gain.deviation)
+
+    def _after(self, epoch: int, has_lora: bool) -> Gain | None:
+        alike = [other for other in self._complete if (other.config.lora is not None) == has_lora]
+        for trials in (alike, self._complete):
+            gains = [gain for gain in (_gain(other, epoch, self._metric) for other in trials) if math.isfinite(gain)]
+            if len(gains) >= ENOUGH:
+                return _estimate(gains)
         return None
-    gain = gain_after(trial.last.epoch, trial, complete, metric)
-    return None if gain is None else (value + gain.mean, gain.deviation)
 
 
 def query_error(trial: Trial, rival: Trial, metric: str) -> float:

@@ -10,6 +10,7 @@ Shapes: N complete trials, K measured objectives, S samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,61 +27,109 @@ from tuner.study.points import Belief
 
 Array = NDArray[np.float64]
 SAMPLES = 1000
+RIVALS = 40
 
 
-def judge(
-    trials: Sequence[Trial], space: SearchSpace, objectives: tuple[Objective, ...], standing: Trial | None = None
-) -> dict[str, Belief]:
+def judge(trials: Sequence[Trial], space: SearchSpace, objectives: tuple[Objective, ...]) -> dict[str, Belief]:
     """What is believed of each complete trial; nothing if there are too few trials for a model.
 
     Args:
         trials: of the study, by number.
-        standing: one of them that stands at a rung; it is judged as if it went on to its end.
     """
-    measured = [objective.name for objective in objectives if objective.kind == "measured"]
-    costs = [objective.name for objective in objectives if objective.kind == "known"]
-    seen = {name: each for name, each in observe(trials, measured).items() if each.values is not None}
-    complete = [trial for trial in trials if trial.state == "complete" and trial.trial in seen]
-    if len(complete) < STARTUP:
+    study = _Study.of(trials, space, objectives)
+    if study is None:
         return {}
-    if standing is not None:
-        if standing.trial not in seen:
-            return {}
-        complete.append(standing)
-    encoding = Encoding(space, objectives)
-    features = {name: encoding.features(each.config, each.known) for name, each in seen.items()}
-    at_ND = np.stack([features[trial.trial] for trial in complete])
-    random = np.random.default_rng(0)
-    means, deviations, samples = [], [], []
-    for index in range(len(measured)):
-        mean_N, covariance_NN = _posterior(list(seen.values()), np.stack(list(features.values())), at_ND, index)
-        means.append(mean_N)
-        deviations.append(np.sqrt(np.maximum(np.diag(covariance_NN), 0.0)))
-        samples.append(_draw(mean_N, covariance_NN, random))
-    cost_NC = np.array([[trial.value(cost) for cost in costs] for trial in complete]).reshape(len(complete), -1)
-    probability_N = _probabilities(np.stack(samples, axis=2), cost_NC, objectives)
+    names = [trial.trial for trial in study.complete]
+    means, covariances = study.posterior(names)
+    cost_NC = study.costs(names)
+    probability_N = _probabilities(_draw(means, covariances), cost_NC, objectives)
     selected = set(front(np.column_stack([*means, cost_NC]), objectives))
+    deviations = [np.sqrt(np.maximum(np.diag(each), 0.0)) for each in covariances]
     return {
-        trial.trial: Belief(
-            expected={name: float(mean[row]) for name, mean in zip(measured, means, strict=True)},
-            deviation={name: float(each[row]) for name, each in zip(measured, deviations, strict=True)},
+        name: Belief(
+            expected={metric: float(mean[row]) for metric, mean in zip(study.measured, means, strict=True)},
+            deviation={metric: float(each[row]) for metric, each in zip(study.measured, deviations, strict=True)},
             probability=float(probability_N[row]),
             on_front=row in selected,
         )
-        for row, trial in enumerate(complete)
+        for row, name in enumerate(names)
     }
 
 
-def _posterior(seen: Sequence[Observation], features_MD: Array, at_ND: Array, index: int) -> tuple[Array, Array]:
-    model = Surrogate(features_MD, *observed(seen, index))
-    return model.mean(at_ND), model.covariance(at_ND)
+def chance_of(
+    standing: Trial, trials: Sequence[Trial], space: SearchSpace, objectives: tuple[Objective, ...]
+) -> float | None:
+    """The probability that a trial at a rung, trained to its end, is on the front; None while there is no model.
+
+    Only complete trials are its rivals, and of those that cost as much or less the `RIVALS` with the best expected
+    values of each metric: others hardly ever beat it.
+
+    Args:
+        trials: of the study with this one, by number.
+    """
+    study = _Study.of(trials, space, objectives)
+    if study is None or standing.trial not in study.seen:
+        return None
+    costs = study.costs([standing.trial])[0]
+    names = [trial.trial for trial in study.complete]
+    names = [name for name, each in zip(names, study.costs(names), strict=True) if (each <= costs).all()]
+    kept = {standing.trial}
+    for mean_N in study.means(names) if names else ():
+        kept |= {names[row] for row in np.argsort(-mean_N, kind="stable")[:RIVALS]}
+    chosen = [name for name in study.seen if name in kept]
+    samples = _draw(*study.posterior(chosen))
+    return float(_probabilities(samples, study.costs(chosen), objectives)[chosen.index(standing.trial)])
 
 
-def _draw(mean_N: Array, covariance_NN: Array, random: np.random.Generator) -> Array:
-    """Samples [S, N] of the true values."""
-    values, vectors = np.linalg.eigh(covariance_NN)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
-    return np.asarray(mean_N + random.standard_normal((SAMPLES, len(mean_N))) @ root.T)
+@dataclass(frozen=True)
+class _Study:
+    """Observations, and a model for each measured objective."""
+
+    measured: tuple[str, ...]
+    cost_names: tuple[str, ...]
+    complete: list[Trial]
+    seen: dict[str, Observation]
+    features: dict[str, Array]
+    models: list[Surrogate]
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial], space: SearchSpace, objectives: tuple[Objective, ...]) -> _Study | None:
+        """None if too few trials are complete."""
+        measured = tuple(objective.name for objective in objectives if objective.kind == "measured")
+        seen = {name: each for name, each in observe(trials, measured).items() if each.values is not None}
+        complete = [trial for trial in trials if trial.state == "complete" and trial.trial in seen]
+        if len(complete) < STARTUP:
+            return None
+        encoding = Encoding(space, objectives)
+        features = {name: encoding.features(each.config, each.known) for name, each in seen.items()}
+        stacked, values = np.stack(list(features.values())), list(seen.values())
+        models = [Surrogate(stacked, *observed(values, index)) for index in range(len(measured))]
+        costs = tuple(objective.name for objective in objectives if objective.kind == "known")
+        return cls(measured, costs, complete, seen, features, models)
+
+    def costs(self, names: Sequence[str]) -> Array:
+        """Costs [N, C] of trials."""
+        rows = [[self.seen[name].known[cost] for cost in self.cost_names] for name in names]
+        return np.array(rows, dtype=np.float64).reshape(len(names), len(self.cost_names))
+
+    def means(self, names: Sequence[str]) -> list[Array]:
+        """Expected values [N] of trials, for each measured objective."""
+        return [model.mean(np.stack([self.features[name] for name in names])) for model in self.models]
+
+    def posterior(self, names: Sequence[str]) -> tuple[list[Array], list[Array]]:
+        """Expected values [N] of trials and their covariances [N, N], for each measured objective."""
+        at_ND = np.stack([self.features[name] for name in names])
+        return self.means(names), [model.covariance(at_ND) for model in self.models]
+
+
+def _draw(means: Sequence[Array], covariances: Sequence[Array]) -> Array:
+    """Samples [S, N, K] of the true values, the same for the same study."""
+    random, samples = np.random.default_rng(0), []
+    for mean_N, covariance_NN in zip(means, covariances, strict=True):
+        values, vectors = np.linalg.eigh(covariance_NN)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        samples.append(mean_N + random.standard_normal((SAMPLES, len(mean_N))) @ root.T)
+    return np.stack(samples, axis=2)
 
 
 def _probabilities(samples_SNK: Array, cost_NC: Array, objectives: Sequence[Objective]) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.config import TrialConfig
-from tuner.search.curves import predicted, query_error
+from tuner.search.curves import Gains, query_error
 from tuner.study.history import Trial
 
 Array = NDArray[np.float64]
@@ -49,17 +49,20 @@ def observe(trials: Sequence[Trial], measured: Sequence[str]) -> dict[str, Obser
         measured: names of the measured objectives.
     """
     complete = [trial for trial in trials if trial.state == "complete"]
+    gains = [Gains(complete, name) for name in measured]
     kept = (trial for trial in trials if trial.state != "failed")
-    return {trial.trial: _observation(trial, complete, measured) for trial in kept}
+    return {trial.trial: _observation(trial, complete, measured, gains) for trial in kept}
 
 
-def _observation(trial: Trial, complete: Sequence[Trial], measured: Sequence[str]) -> Observation:
+def _observation(
+    trial: Trial, complete: Sequence[Trial], measured: Sequence[str], gains: Sequence[Gains]
+) -> Observation:
     if trial.state == "complete":
         values = tuple(trial.value(name) for name in measured)
         finite = values if all(map(math.isfinite, values)) else None
         variances = tuple(_query_variance(trial, complete, name) for name in measured)
         return Observation(trial.config, trial.known, finite, variances, complete=True)
-    found = [predicted(trial, complete, name) for name in measured]
+    found = [each.predicted(trial) for each in gains]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         return Observation(trial.config, trial.known, None)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Protocol
 
-from tuner.search.curves import predicted, query_error
-from tuner.search.judgement import judge
+from tuner.search.curves import Gains, query_error
+from tuner.search.judgement import chance_of
 from tuner.space import SearchSpace
 from tuner.study.history import Trial
 from tuner.study.objectives import Objective
@@ -98,48 +98,47 @@ class StopHopeless:
     def decide(self, trial: Trial, others: Sequence[Trial]) -> Verdict:
         """Stop, pause or go on; see the class."""
         # In one order: sums of floating-point numbers depend on it.
-        complete = sorted((other for other in others if other.state == "complete"), key=lambda other: other.trial)
-        hopes = []
-        for rival in complete:
-            if all(rival.value(cost) <= trial.value(cost) for cost in self._costs):
-                hope = self._hope(trial, rival, complete)
-                if hope is not None:
-                    hopes.append((rival, hope))
-        if not hopes:
+        known = sorted((*others, trial), key=lambda each: each.trial)
+        complete = [each for each in known if each.state == "complete"]
+        rivals = [each for each in complete if all(each.value(cost) <= trial.value(cost) for cost in self._costs)]
+        if not rivals:
             return GO_ON
-        best, hope = min(hopes, key=lambda pair: pair[1])
-        hope = self._believed(trial, others, hope)
-        if hope >= max(self._level, self._doubt):
+        hope = self._believed(trial, known)
+        if hope is None:
+            hope = self._against_each(trial, rivals, complete)
+        if hope is None or hope >= max(self._level, self._doubt):
             return GO_ON
-        reason = self._reason(trial, best, hope)
-        return Verdict(Decision.STOP if hope < self._level else Decision.PAUSE, reason)
+        return Verdict(Decision.STOP if hope < self._level else Decision.PAUSE, self._reason(trial, rivals, hope))
 
-    def _believed(self, trial: Trial, others: Sequence[Trial], hope: float) -> float:
-        """The probability to be on the front by the model of all trials; `hope` while there is none."""
-        if self._space is None:
-            return hope
-        trials = sorted([*others, trial], key=lambda each: each.trial)
-        beliefs = judge(trials, self._space, self._objectives, standing=trial)
-        return beliefs[trial.trial].probability if beliefs else hope
+    def _believed(self, trial: Trial, known: Sequence[Trial]) -> float | None:
+        """The probability to be on the front by the model of all trials; None while there is none."""
+        return None if self._space is None else chance_of(trial, known, self._space, self._objectives)
 
-    def _hope(self, trial: Trial, rival: Trial, complete: Sequence[Trial]) -> float | None:
-        """The probability that the trial ends better than a rival in some metric; None if it cannot be estimated."""
-        chances = [self._chance(trial, rival, complete, metric) for metric in self._measured]
-        known = [chance for chance in chances if chance is not None]
-        return max(known) if len(known) == len(chances) else None
+    def _against_each(self, trial: Trial, rivals: Sequence[Trial], complete: Sequence[Trial]) -> float | None:
+        """The smallest probability to end better than a rival; better in one metric is enough."""
+        chances: list[float] = []
+        gains = [Gains(complete, metric) for metric in self._measured]
+        finals = [each.predicted(trial) for each in gains]
+        for rival in rivals:
+            each = [self._chance(trial, rival, metric, f) for metric, f in zip(self._measured, finals, strict=True)]
+            known = [chance for chance in each if chance is not None]
+            if len(known) == len(each):
+                chances.append(max(known))
+        return min(chances, default=None)
 
-    def _chance(self, trial: Trial, rival: Trial, complete: Sequence[Trial], metric: str) -> float | None:
-        final, value = predicted(trial, complete, metric), rival.value(metric)
+    def _chance(self, trial: Trial, rival: Trial, metric: str, final: tuple[float, float] | None) -> float | None:
+        value = rival.value(metric)
         if final is None or not math.isfinite(value):
             return None
         mean, deviation = final
         error = math.hypot(deviation, query_error(trial, rival, metric))
         return 1.0 - NormalDist(mean, error).cdf(value)
 
-    def _reason(self, trial: Trial, rival: Trial, hope: float) -> str:
+    def _reason(self, trial: Trial, rivals: Sequence[Trial], hope: float) -> str:
         metric, epoch = self._measured[0], trial.last.epoch if trial.last else 0
+        best = max(rivals, key=lambda rival: rival.value(metric))
         costs = "costs no more and" if self._costs else "already"
         return (
-            f"after epoch {epoch} with {metric} {trial.value(metric):.3f}: {rival.trial} {costs} has "
-            f"{rival.value(metric):.3f}; the chance to be on the front was {hope:.1%}"
+            f"after epoch {epoch} with {metric} {trial.value(metric):.3f}: {best.trial} {costs} has "
+            f"{best.value(metric):.3f}; the chance to be on the front was {hope:.1%}"
         )

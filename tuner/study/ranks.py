@@ -14,6 +14,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -41,6 +42,7 @@ class QueryRanks:
         return cls(_thinned(audio_to_text), _thinned(text_to_audio))
 
     @classmethod
+    @lru_cache(maxsize=2048)
     def from_text(cls, text: str) -> Self | None:
         """Read what `to_text` has written; None if it is damaged."""
         try:

@@ -26,7 +26,7 @@ CONSTANT = 1.0  # variance of the mean
 STEPS = 60
 JITTER = 1e-8
 # Hyperparameters are fitted to at most so many observations; the posterior uses all of them.
-FITTED = 250
+FITTED = 150
 # They are fitted again when there are this many times as many: each fit takes as long as many predictions. So they
 # follow from the observations alone, whoever asks and when.
 GROWTH = 1.15
