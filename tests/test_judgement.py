@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tuner.config import LoraSpec, OptimSpec, TrialConfig
-from tuner.search.judgement import _probabilities, judge
+from tuner.search.judgement import ENOUGH, _probabilities, judge
 from tuner.space import load_space
 from tuner.study.events import EpochDone, State
 from tuner.study.history import Trial
@@ -43,23 +43,23 @@ def study(seed: int, count: int = 25) -> tuple[list[Trial], list[float]]:
 
 
 def test_too_few_trials_are_not_judged() -> None:
-    assert judge(study(0, 5)[0], SPACE, BOTH) == {}
-    assert len(judge(study(0, 6)[0], SPACE, BOTH)) == 6
+    assert judge(study(0, ENOUGH - 1)[0], SPACE, BOTH) == {}
+    assert len(judge(study(0, ENOUGH)[0], SPACE, BOTH)) == ENOUGH
 
 
 def test_a_lucky_value_is_doubted() -> None:
-    """Ten trials of one kind have 0.40, give or take noise; one of them was measured with 0.44."""
+    """Some trials of one kind have 0.40, give or take noise; one of them was measured with 0.44."""
     random = np.random.default_rng(1)
-    trials = [trial(n, 8, 0.40 + random.normal(0, NOISE), lr=1e-3 * (1 + n / 10)) for n in range(10)]
-    lucky = trial(10, 8, 0.44, lr=1.55e-3)
+    trials = [trial(n, 8, 0.40 + random.normal(0, NOISE), lr=1e-3 * (1 + n / 10)) for n in range(ENOUGH)]
+    lucky = trial(ENOUGH, 8, 0.44, lr=1.55e-3)
     belief = judge([*trials, lucky], SPACE, BOTH)[lucky.trial]
     assert 0.40 < belief.expected["recall@10"] < 0.425
 
 
 def test_what_is_repeated_is_averaged_and_surer() -> None:
-    base, _ = study(2, 10)
-    once = judge([*base, trial(10, 16, 0.45)], SPACE, BOTH)["t0010"]
-    often = judge([*base, *(trial(10 + n, 16, 0.45, seed=n) for n in range(6))], SPACE, BOTH)["t0010"]
+    base, _ = study(2, ENOUGH)
+    once = judge([*base, trial(ENOUGH, 16, 0.45)], SPACE, BOTH)[f"t{ENOUGH:04d}"]
+    often = judge([*base, *(trial(ENOUGH + n, 16, 0.45, seed=n) for n in range(6))], SPACE, BOTH)[f"t{ENOUGH:04d}"]
     assert abs(often.expected["recall@10"] - 0.45) < abs(once.expected["recall@10"] - 0.45)
     assert often.deviation["recall@10"] < once.deviation["recall@10"]
 
@@ -109,6 +109,6 @@ def test_probabilities_of_one_metric_are_those_of_the_fronts() -> None:
 
 
 def test_failed_and_stopped_trials_are_not_judged() -> None:
-    trials, _ = study(4, 8)
+    trials, _ = study(4, ENOUGH + 2)
     trials[0].state, trials[1].state = "failed", "stopped"
     assert set(judge(trials, SPACE, BOTH)) == {each.trial for each in trials[2:]}

@@ -131,6 +131,9 @@ def search(
     """Search LoRA configurations; the result is a front of recall against trainable parameters."""
     # Ray reads it once, when it is imported.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAY_CHATTER)
+    if not dry_run:
+        # The driver's small matrices gain nothing from more threads, which would wait for each other and for the lanes.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Ray, Optuna and the encoders' libraries, which `--help` does without.
     from tuner.commands.actions import jobs, run_search
 
