@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +21,7 @@ from tuner.data.writer import FeatureWriter, write_captions, write_clips, write_
 from tuner.encoders.registry import inspect_encoder
 
 if TYPE_CHECKING:
+    from fuzzing import Bench
     from scripted_head import Head
     from transformers import WhisperConfig
 
@@ -72,6 +74,21 @@ def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
     return Terminal(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def bench(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> Iterator[Bench]:
+    """Where made-up inputs of one kind are tried; the kind is the name of the test."""
+    from fuzzing import PROPERTY, Bench
+
+    bench = Bench(request.node.name.removeprefix("test_"), tmp_path, monkeypatch)
+    yield bench
+    record_property(PROPERTY, bench.row())
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from tuner.data.writer import (
     write_clips,
     write_meta,
 )
+from tuner.data.store_tables import CLIP_SCHEMA
 from tuner.errors import DataError
 
 CHANNELS = 4
@@ -139,7 +140,7 @@ def age(folder: Path) -> None:
         (lambda folder: (folder / "features-00001.arrow").unlink(), r"features-00001.arrow: is missing"),
         (damage_truncate, r"bytes instead of \d+; the store is damaged"),
         (damage_content, "damaged store"),
-        (damage_meta, r"damaged store \('text_dim'\)"),
+        (damage_meta, r"damaged store \(text_dim: missing\)"),
         (age, "store version 0"),
     ],
 )
@@ -189,7 +190,7 @@ def test_only_stores_and_empty_folders_are_replaced(tmp_path: Path) -> None:
 def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "CLIPS_FILE", "full")
     (tmp_path / "full").symlink_to("/dev/full")
-    columns: dict[str, Any] = {field.name: [] for field in writer_module.CLIP_SCHEMA}
+    columns: dict[str, Any] = {field.name: [] for field in CLIP_SCHEMA}
     with pytest.raises(DataError, match=r"the disk is full; free space") as raised, disk_faults(tmp_path):
         write_clips(tmp_path, columns)
     assert str(tmp_path) in str(raised.value)

@@ -14,13 +14,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuner.errors import ConfigError
+from tuner.near import shown
 
 Precision = Literal["bf16", "fp32"]
 EncoderPath = Literal["audio_tower", "full_forward"]
 Placed = Literal["tower", "language_model", "both"]
 OffPath = Literal["refuse", "warn"]
-# Of a wrong value in an error.
-MAX_SHOWN = 100
+# Of a wrong value in an error, and of errors in a sentence.
+MAX_SHOWN, MAX_ERRORS = 100, 6
+MAX_REASON = 300
+# Nothing that is configured comes near; Python cannot even write the longest numbers that a file can hold.
+MAX_WHOLE = 2**63 - 1
 
 
 class Frozen(BaseModel):
@@ -43,21 +47,19 @@ class Frozen(BaseModel):
 
 def describe_validation(error: ValidationError) -> str:
     """Turn pydantic's report into one line: `lora.rank: Input should be greater than 0 (got 0); ...`."""
-    parts = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"]) or "value"
+    parts, errors = [], error.errors()
+    for item in errors[:MAX_ERRORS]:
+        field = ".".join(str(part)[:MAX_SHOWN] for part in item["loc"]) or "value"
         if item["type"] == "extra_forbidden":
             parts.append(f"{field}: no such field")
         elif item["type"] == "missing":
             # Without the value: it may be a whole file.
             parts.append(f"{field}: missing")
         else:
-            parts.append(f"{field}: {item['msg']} (got {_shortened(repr(item['input']))})")
+            parts.append(f"{field}: {item['msg']} (got {shown(item['input'], MAX_SHOWN)})")
+    if len(errors) > MAX_ERRORS:
+        parts.append(f"and {len(errors) - MAX_ERRORS} more")
     return "; ".join(parts)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class LoraSpec(Frozen):
@@ -182,12 +184,31 @@ def read_yaml_documents(path: Path) -> list[Any]:
         return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader))  # noqa: TID251, a SafeLoader
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is not valid YAML (lists or mappings are nested too deeply); correct it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML ({' '.join(str(error).split())}); correct it") from None
+        reason = " ".join(str(error).split())
+        cut = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}..."
+        raise ConfigError(f"{path}: is not valid YAML ({cut}); correct it") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, but a key written twice is an error; PyYAML would silently use the last one."""
+    """The safe loader, but a key written twice is an error; PyYAML would silently use the last one.
+
+    Every value that cannot be read is a YAML error with its line: PyYAML raises whatever Python's own types raise.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            reason = f"{shown(node.value)} is not of the type {kind[:MAX_SHOWN]}"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
+        if isinstance(value, int) and abs(value) > MAX_WHOLE:
+            reason = "a whole number that does not fit into 64 bits"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -197,6 +218,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 reason = "a list or a mapping cannot be a key"
                 raise yaml.constructor.ConstructorError(None, None, reason, key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{shown(key)} is written twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from filelock import FileLock
 
-from tuner.data.writer import disk_faults, new_folder
+from tuner.data.writer import disk_faults, new_folder, only_writer
 from tuner.errors import DataError, EncoderError
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -66,7 +65,7 @@ def fetch_demo(cache: Path) -> DemoPaths:
     if not (target / SUMMARY_FILE).is_file():
         with disk_faults(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(target.with_name(f".{target.name}.lock")):
+            with only_writer(target):
                 if not (target / SUMMARY_FILE).is_file():
                     _make_demo(target)
     summary = json.loads((target / SUMMARY_FILE).read_text(encoding="utf-8"))

@@ -50,12 +50,14 @@ def holds_secret(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """The text with control characters and marks that reorder lines as escapes such as `\\x1b`; line ends stay."""
+    """The text with control characters and marks that break or reorder lines as escapes such as `\\x1b`; line
+    ends stay."""
     return "".join(_escaped(character) for character in text)
 
 
 def _escaped(character: str) -> str:
-    controls = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    # Zl and Zp: a line and a paragraph end.
+    controls = unicodedata.category(character) in ("Cc", "Zl", "Zp") and character not in "\n\t"
     if not controls and character not in _REORDERING:
         return character
     return character.encode("unicode_escape").decode("ascii")

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
 
 from tuner import __version__
 from tuner.config import EncoderRef
@@ -25,13 +24,14 @@ from tuner.data.manifest import read_manifest
 from tuner.data.plan import Clip, Plan, check_clip_ids, file_states, make_plan, manifest_digest
 from tuner.data.rejects import Reject, check_rejects, write_rejects
 from tuner.data.splits import SPLITS, assign_splits, check_fractions, group_recordings
-from tuner.data.store import REJECTS_FILE, VERSION, read_meta
+from tuner.data.store import REJECTS_FILE, VERSION, StoreMeta, read_meta
 from tuner.data.worker import make_work
 from tuner.data.writer import (
     FeatureWriter,
     check_replaceable,
     disk_faults,
     new_folder,
+    only_writer,
     write_captions,
     write_clips,
     write_meta,
@@ -120,7 +120,7 @@ def prepare(
     with disk_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Two searches started together: the second waits here, then finds the store of the first.
-        with FileLock(target.with_name(f".{target.name}.lock")):
+        with only_writer(target):
             return _reusable(target, recipe) or _build(target, recipe, progress)
 
 
@@ -150,13 +150,19 @@ def _recipe(manifest: Path, encoder: EncoderRef, text_encoder: str, options: Pre
 
 
 def _reusable(target: Path, recipe: _Recipe) -> PrepareResult | None:
-    meta = read_meta(target)
-    if meta is None or meta["fingerprint"] != recipe.fingerprint:
+    values = read_meta(target)
+    try:
+        meta = None if values is None else StoreMeta.parse(values)
+    except ValueError:
         return None
-    sizes = {name: (target / name).stat().st_size for name in meta["files"] if (target / name).is_file()}
-    if sizes != meta["files"] or meta["rejects"] > recipe.options.max_rejects * meta["rows"]:
+    if meta is None or meta.fingerprint != recipe.fingerprint:
         return None
-    return PrepareResult(target, meta["clips"], meta["rejects"], reused=True)
+    if meta.rows is None or meta.clips is None or meta.rejects is None:
+        return None
+    sizes = {name: (target / name).stat().st_size for name in meta.files if (target / name).is_file()}
+    if sizes != meta.files or meta.rejects > recipe.options.max_rejects * meta.rows:
+        return None
+    return PrepareResult(target, meta.clips, meta.rejects, reused=True)
 
 
 def _build(target: Path, recipe: _Recipe, progress: Progress) -> PrepareResult:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 
 from tuner.data.cache import cache_root
-from tuner.data.store import FORMAT, META_FILE, Store, read_meta
-from tuner.data.writer import disk_faults, new_folder
+from tuner.data.store import FORMAT, META_FILE, Store, StoreMeta, read_meta
+from tuner.data.writer import disk_faults, new_folder, only_writer
 from tuner.errors import DataError, Field
+from tuner.plain_json import parse_json
 from tuner.storage import Storage, is_uri
 
 STORES = "stores"
@@ -44,7 +43,7 @@ def fetch_store(uri: str) -> Path:
     with disk_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Lanes and workers of one node start together: the first downloads, the others find it.
-        with FileLock(target.with_name(f".{target.name}.lock")):
+        with only_writer(target):
             if not _is_whole(target, meta):
                 with new_folder(target) as folder:
                     for name in meta["files"]:
@@ -76,19 +75,17 @@ def _remote_meta(storage: Storage) -> dict[str, Any] | None:
     """The contents of a storage's `store.json`, None where it is no store."""
     content = storage.read(META_FILE)
     try:
-        meta = json.loads(content) if content is not None else None
-        if meta is None or meta["format"] != FORMAT:
+        meta: dict[str, Any] | None = parse_json(content) if content is not None else None
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             return None
-        names = [meta["fingerprint"], *meta["files"]]
-    except (ValueError, KeyError, TypeError):
+        StoreMeta.parse(meta)
+    except ValueError:
         return None
-    # They become names of folders and files here, and the bucket may be somebody else's.
-    plain = all(isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name for name in names)
-    return meta if plain else None
+    return meta
 
 
 def _is_whole(folder: Path, meta: dict[str, Any]) -> bool:
-    if (here := read_meta(folder)) is None or here["files"] != meta["files"]:
+    if (here := read_meta(folder)) is None or here.get("files") != meta["files"]:
         return False
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     return all(sizes.get(name) == size for name, size in meta["files"].items())

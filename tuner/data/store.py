@@ -7,18 +7,19 @@ page cache, shared by all processes of a machine.
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from tuner.arrow import check_plain
-from tuner.config import EncoderRef
+from tuner.config import EncoderRef, describe_validation
 from tuner.data.splits import SPLITS
+from tuner.data.store_tables import feature_schema, map_file, read_captions, read_clips
 from tuner.errors import DataError
+from tuner.plain_json import parse_json
 
 FORMAT = "tuner-store"
 VERSION = 1
@@ -28,10 +29,47 @@ CAPTIONS_FILE = "captions.arrow"
 REJECTS_FILE = "rejects.jsonl"
 
 
+def _plain(name: str) -> str:
+    """They become names of files and folders here, and the store may be somebody else's."""
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        raise ValueError("is not the name of a file")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain)]
+
+
+class StoreMeta(BaseModel):
+    """What is read of `store.json`; the other fields are for people."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    fingerprint: FileName
+    encoder: EncoderRef
+    encoder_fingerprint: str
+    text_encoder: str
+    text_fingerprint: str
+    text_dim: int = Field(ge=1)
+    feature_channels: int = Field(ge=1)
+    shards: list[FileName]
+    files: dict[FileName, int]
+    rows: int | None = None
+    clips: int | None = None
+    rejects: int | None = None
+
+    @classmethod
+    def parse(cls, meta: dict[str, Any]) -> StoreMeta:
+        """Raises: ValueError: names the fields that are wrong."""
+        try:
+            return cls.model_validate(meta)
+        except ValidationError as error:
+            raise ValueError(describe_validation(error)) from None
+
+
 def read_meta(folder: Path) -> dict[str, Any] | None:
     """The contents of `store.json`, or None where the folder is no complete store."""
     try:
-        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        meta = parse_json((folder / META_FILE).read_bytes())
     except (OSError, ValueError):
         return None
     return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else None
@@ -54,15 +92,18 @@ class Store:
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder = folder
         self.meta = meta
-        self.fingerprint: str = meta["fingerprint"]
-        self.encoder = EncoderRef.parse(meta["encoder"], str(folder / META_FILE))
-        self.encoder_fingerprint: str = meta["encoder_fingerprint"]
-        self.text_encoder: str = meta["text_encoder"]
-        self.text_fingerprint: str = meta["text_fingerprint"]
-        self.text_dim: int = meta["text_dim"]
-        self.channels: int = meta["feature_channels"]
-        self._clips = _map(folder / CLIPS_FILE).read_all().combine_chunks()
-        self._shards = [_map(folder / name) for name in meta["shards"]]
+        known = StoreMeta.parse(meta)
+        self.fingerprint = known.fingerprint
+        self.encoder = known.encoder
+        self.encoder_fingerprint = known.encoder_fingerprint
+        self.text_encoder = known.text_encoder
+        self.text_fingerprint = known.text_fingerprint
+        self.text_dim = known.text_dim
+        self.channels = known.feature_channels
+        self._shards = [map_file(folder / name, feature_schema()) for name in known.shards]
+        self._captions = read_captions(folder / CAPTIONS_FILE, self.text_dim)
+        batches = [shard.num_record_batches for shard in self._shards]
+        self._clips = read_clips(folder / CLIPS_FILE, len(self._captions), batches)
         self._shard_of, self._batch_of, self._slot_of = (self._column(name) for name in ("shard", "batch", "slot"))
         self._batches: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -82,7 +123,7 @@ class Store:
                 f"{folder}: store version {meta.get('version')}, this program reads {VERSION}; prepare it again"
             )
         try:
-            for name, size in meta["files"].items():
+            for name, size in StoreMeta.parse(meta).files.items():
                 path = folder / name
                 found = path.stat().st_size if path.is_file() else None
                 if found != size:
@@ -129,13 +170,13 @@ class Store:
     @cached_property
     def captions(self) -> list[str]:
         """Distinct captions, [n_captions]; equal up to case and white space is one caption, in its first spelling."""
-        captions: list[str] = self._caption_batch.column("text").to_pylist()
+        captions: list[str] = self._captions.column("text").to_pylist()
         return captions
 
     @cached_property
     def text_embeddings(self) -> np.ndarray:
         """L2-normalised embeddings of `captions`, float32 [n_captions, D], memory-mapped and read-only."""
-        values: np.ndarray = self._caption_batch.column("embedding").values.to_numpy(zero_copy_only=True)
+        values: np.ndarray = self._captions.column("embedding").values.to_numpy(zero_copy_only=True)
         return values.reshape(-1, self.text_dim)
 
     @property
@@ -164,12 +205,19 @@ class Store:
 
         Raises:
             IndexError: no such clip.
+            DataError: there are no features of this clip where they should be.
         """
         if not 0 <= clip < len(self):
             raise IndexError(f"clip {clip} of {len(self)}")
         values, offsets = self._batch(int(self._shard_of[clip]), int(self._batch_of[clip]))
-        slot = self._slot_of[clip]
-        return values[offsets[slot] : offsets[slot + 1]].reshape(self.channels, -1)
+        slot = int(self._slot_of[clip])
+        found = values[offsets[slot] : offsets[slot + 1]] if slot + 1 < len(offsets) else values[:0]
+        if not len(found) or len(found) % self.channels:
+            raise self._damaged(f"clip {clip} has {len(found)} numbers of {self.channels} channels")
+        return found.reshape(self.channels, -1)
+
+    def _damaged(self, reason: str) -> DataError:
+        return DataError(f"{self.folder}: damaged store ({reason}); delete the folder and prepare it again")
 
     def clip_captions(self, clip: int) -> np.ndarray:
         """Indices into `captions` of one clip's captions, int64."""
@@ -178,7 +226,11 @@ class Store:
 
     def _batch(self, shard: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
         if (shard, batch) not in self._batches:
-            column = self._shards[shard].get_batch(batch).column("features")
+            try:
+                column = self._shards[shard].get_batch(batch).column("features")
+                column.validate()
+            except (pa.ArrowException, ValueError, OSError) as error:
+                raise self._damaged(" ".join(str(error).split())) from None
             self._batches[shard, batch] = _list_arrays(column)
         return self._batches[shard, batch]
 
@@ -197,16 +249,6 @@ class Store:
     @cached_property
     def _caption_lists(self) -> tuple[np.ndarray, np.ndarray]:
         return _list_arrays(self._clips.column("captions").combine_chunks())
-
-    @cached_property
-    def _caption_batch(self) -> Any:
-        return _map(self.folder / CAPTIONS_FILE).get_batch(0)
-
-
-def _map(path: Path) -> Any:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    check_plain(reader.schema, path)
-    return reader
 
 
 def _list_arrays(column: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -16,24 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock
 
 from tuner.data.store import CAPTIONS_FILE, CLIPS_FILE, FORMAT, META_FILE, VERSION, read_meta
+from tuner.data.store_tables import CLIP_SCHEMA, caption_schema
 from tuner.errors import DataError, Field
 
 SHARD_BYTES = 1 << 30
-_CLIP_COLUMNS: list[tuple[str, Any]] = [
-    ("clip_id", pa.string()),
-    ("audio", pa.string()),
-    ("language", pa.string()),
-    ("split", pa.int8()),  # position in SPLITS
-    ("frames", pa.int32()),
-    ("seconds", pa.float32()),
-    ("captions", pa.list_(pa.int64())),
-    ("shard", pa.int32()),
-    ("batch", pa.int32()),
-    ("slot", pa.int32()),
-]
-CLIP_SCHEMA = pa.schema(_CLIP_COLUMNS)
 _DISK_FAULTS = {
     errno.ENOSPC: "the disk is full; free space or give another folder",
     errno.EDQUOT: "the disk quota is used up; free space or give another folder",
@@ -110,6 +99,18 @@ def new_file(target: Path) -> Iterator[Path]:
 
 def _staged(target: Path) -> Path:
     return target.with_name(f"{target.name}.tmp")
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[None]:
+    """Wait until no other process writes `target`; nothing is left of the lock."""
+    path = target.with_name(f".{target.name}.lock")
+    with FileLock(path):
+        try:
+            yield
+        finally:
+            # Removed while it is held: whoever waits for it sees that it is gone, and makes a new one.
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -207,8 +208,10 @@ def write_clips(folder: Path, columns: Mapping[str, Sequence[Any] | np.ndarray])
 def write_captions(folder: Path, texts: Sequence[str], embeddings: np.ndarray) -> None:
     """Write n captions and their embeddings, float32 [n, D]."""
     values = pa.array(np.ascontiguousarray(embeddings, dtype=np.float32).reshape(-1))
-    column = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
-    _write_table(folder / CAPTIONS_FILE, pa.table({"text": pa.array(texts, pa.string()), "embedding": column}))
+    width = embeddings.shape[1]
+    column = pa.FixedSizeListArray.from_arrays(values, width)
+    columns: list[Any] = [pa.array(texts, pa.string()), column]
+    _write_table(folder / CAPTIONS_FILE, pa.Table.from_arrays(columns, schema=caption_schema(width)))
 
 
 def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:

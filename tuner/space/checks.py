@@ -88,7 +88,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def describe(error: ValidationError, top_level: list[str]) -> str:
     """The first error that pydantic reports, as one sentence in the words of the file."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    location = [str(part)[:60] for part in first["loc"]]
     if not location:
         return f"is not a search space; write the keys {', '.join(top_level)}"
     # A dimension is a tagged union: the tag after its path is not a key that the user wrote.
