@@ -15,6 +15,7 @@ import pytest
 
 from tuner.data import writer as writer_module
 from tuner.data.store import CAPTIONS_FILE, META_FILE, Store
+from tuner.data.store_tables import CLIP_SCHEMA
 from tuner.data.writer import (
     FeatureWriter,
     check_replaceable,
@@ -24,7 +25,6 @@ from tuner.data.writer import (
     write_clips,
     write_meta,
 )
-from tuner.data.store_tables import CLIP_SCHEMA
 from tuner.errors import DataError
 
 CHANNELS = 4

@@ -218,6 +218,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 reason = "a list or a mapping cannot be a key"
                 raise yaml.constructor.ConstructorError(None, None, reason, key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{shown(key)} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown(key)} is written twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-
 from tuner.data.writer import disk_faults, new_folder, only_writer
 from tuner.errors import DataError, EncoderError
 

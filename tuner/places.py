@@ -21,6 +21,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def exists(path: Path) -> bool:
+    """Whether anything is there; False for every path that cannot be one."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def expanded(source: str) -> Path:
     """A path with its home folder filled in; as it is where nobody has that home."""
     try:

@@ -12,14 +12,15 @@ import unicodedata
 
 HIDDEN = "***"
 
-_URL = r"(?P<scheme>[a-z][a-z0-9+.-]+:/{1,2})"  # pathlib makes one slash of two
+# Repetitions have an end, so that a text of any length is searched in a time that its length is proportional to.
+_URL = r"(?P<scheme>[a-z][a-z0-9+.-]{1,30}:/{1,2})"  # pathlib makes one slash of two
 # What follows a host's colon is a port; a password may hold what should have been escaped, as keys of AWS hold slashes.
-_PASSWORD = re.compile(_URL + r"[^\s/?#@:\"'<>]*:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]*@", re.IGNORECASE)
+_PASSWORD = re.compile(_URL + r"[^\s/?#@:\"'<>]{0,1000}:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{0,4000}@", re.IGNORECASE)
 # A name alone is a token on the web; elsewhere it is an account or, on Azure, the container.
-_USER = re.compile(r"(?P<scheme>https?:/{1,2})[^\s/?#@:\"'<>]+@", re.IGNORECASE)
+_USER = re.compile(r"(?P<scheme>https?:/{1,2})[^\s/?#@:\"'<>]{1,4000}@", re.IGNORECASE)
 _PARAMETER = re.compile(
-    r"(?P<name>[?&;](?:[\w.-]*(?:access_?key|api_?key|account_?key|secret|token|passw(?:or)?d|pwd|signature|credential)"
-    r"[\w.-]*|sig|auth)=)[^\s&;#\"'<>]+",
+    r"(?P<name>[?&;](?:[\w.-]{0,60}(?:access_?key|api_?key|account_?key|secret|token|passw(?:or)?d|pwd|signature|credential)"
+    r"[\w.-]{0,60}|sig|auth)=)[^\s&;#\"'<>]+",
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"(?P<name>\bBearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)

@@ -32,6 +32,7 @@ from hypothesis.strategies import SearchStrategy
 from terminal import contents
 
 from tuner import cli
+from tuner.commands.diagnose import FOUND_ERRORS
 
 LONG = int(os.environ.get("TUNER_FUZZ", "0"))
 FAULTS = Path(os.environ.get("TUNER_FUZZ_FAULTS", "fuzz-faults")).absolute()
@@ -82,7 +83,6 @@ class Bench:
         self.temporary.mkdir()
         self._files: Files = {}
         monkeypatch.setenv("TUNER_CACHE", str(folder / "cache"))
-        monkeypatch.setenv("TUNER_DEBUG", "1")
         monkeypatch.setattr(tempfile, "tempdir", str(self.temporary))
         self.folder.mkdir()
         monkeypatch.chdir(self.folder)
@@ -121,6 +121,10 @@ class Bench:
     def run(self, *words: object) -> None:
         """Run a command on the files that were laid, and count what came of it."""
         command = tuple(map(str, words))
+        if LONG:
+            # Whatever ends this process: the words are known.
+            FAULTS.mkdir(parents=True, exist_ok=True)
+            (FAULTS / f"{self.kind}-latest.json").write_text(json.dumps(command))
         started = time.monotonic()
         outcome = self._judged(command)
         self.tally.slowest = max(self.tally.slowest, time.monotonic() - started)
@@ -141,13 +145,16 @@ class Bench:
     def _judged(self, command: Sequence[str]) -> Outcome:
         before = contents(self.folder)
         code, out, err, broken = run_limited(command)
+        if code == FOUND_ERRORS and command[0] == "diagnose":
+            code = 0  # It has found something and said so.
         fault = broken or _said_wrong(code, err)
         after = contents(self.folder)
         if fault is None and code and REACHED_RAY not in err:
             changed = {name for name in before | after if before.get(name, b"") != after.get(name, b"")}
             changed = {name for name in changed if not LEFT_ON_PURPOSE.search(name)}
             fault = f"a refused command changed {sorted(changed)[0]}" if changed else None
-        left = [name for name in [*after, *os.listdir(self.temporary)] if TEMPORARY.search(Path(name).name)]
+        names = [*after, *(path.name for path in self.temporary.iterdir())]
+        left = [name for name in names if TEMPORARY.search(Path(name).name)]
         new = sorted(set(left) - set(before))
         if fault is None and new:
             fault = f"left the temporary name {new[0]}"
@@ -157,7 +164,9 @@ class Bench:
 
     def _fault(self, outcome: Outcome, command: Sequence[str]) -> None:
         if not LONG:
-            raise AssertionError(f"{outcome.fault}\n{command!r:.1000}\nexit code {outcome.code}\n{outcome.err[-3000:]}")
+            raise AssertionError(
+                f"{outcome.fault}\n{command!r:.1000}\nexit code {outcome.code}\n{_traceback(outcome.err)[-3000:]}"
+            )
         kind = _kind_of_fault(outcome)
         self.tally.faults[kind] += 1
         if self.tally.faults[kind] == 1:
@@ -167,7 +176,8 @@ class Bench:
                 (place / "input" / name).parent.mkdir(parents=True, exist_ok=True)
                 (place / "input" / name).write_bytes(content)
             place.mkdir(parents=True, exist_ok=True)
-            report = f"{kind}\n{outcome.fault}\n{json.dumps(command)}\nexit code {outcome.code}\n{outcome.err}"
+            said = f"exit code {outcome.code}\n{outcome.err}\n{_traceback(outcome.err)}"
+            report = f"{kind}\n{outcome.fault}\n{json.dumps(command)}\n{said}"
             (place / "fault.txt").write_text(report, encoding="utf-8", errors="backslashreplace")
 
 
@@ -197,8 +207,9 @@ def run_limited(command: Sequence[str]) -> tuple[int, str, str, str | None]:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if broken is None and used > peak and used * 1024 > BYTES:
         broken = f"takes {used / 1024**2:.1f} GB"
-    texts = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]  # type: ignore[attr-defined]
-    return code, texts[0], texts[1], broken
+    said, complained = (stream.detach() for stream in (out, err))
+    assert isinstance(said, io.BytesIO) and isinstance(complained, io.BytesIO)
+    return code, said.getvalue().decode(), complained.getvalue().decode(), broken
 
 
 @contextlib.contextmanager
@@ -230,7 +241,7 @@ def _said_wrong(code: int, err: str) -> str | None:
         return "prints a traceback"
     if code == 0 or REACHED_RAY in err:
         return None
-    if err.startswith("Usage: tuner"):
+    if err.startswith(("Usage: ", "╭─ Error")):
         # Typer's own box about words that it cannot parse.
         return None
     err = PROGRESS.sub("", err)
@@ -243,11 +254,18 @@ def _said_wrong(code: int, err: str) -> str | None:
     return None
 
 
+def _traceback(err: str) -> str:
+    """What the log of a bug holds, or what was printed."""
+    log = re.search(r"the traceback is in (\S+)$", err.strip())
+    return Path(log[1]).read_text(encoding="utf-8") if log and Path(log[1]).is_file() else err
+
+
 def _kind_of_fault(outcome: Outcome) -> str:
     """Faults are one kind if the exception comes from the same line, or the same rule was broken alike."""
-    places = re.findall(r'/tuner/([\w/]+\.py)", line (\d+), in (\w+)', outcome.err)
-    if "Traceback" in outcome.err and places:
-        raised = re.findall(r"^(\w[\w.]*(?:Error|Exception|Warning)\b)", outcome.err, re.MULTILINE)
+    text = _traceback(outcome.err)
+    places = re.findall(r'/tuner/([\w/]+\.py)", line (\d+), in (\w+)', text)
+    if "Traceback" in text and places:
+        raised = re.findall(r"^(\w[\w.]*(?:Error|Exception|Warning)\b)", text, re.MULTILINE)
         return f"{(raised or ['an exception'])[-1]} in {places[-1][0]}, line {places[-1][1]}"
     words = re.sub(r"[\d']+|/\S+", "*", f"{outcome.fault}: {outcome.err[:80]}")
     return " ".join(words.split())[:120]

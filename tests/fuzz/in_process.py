@@ -5,16 +5,22 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
+from fuzzing import REACHED_RAY
 
+from tuner.commands.actions import stores
 from tuner.data import prepare as prepare_module
 from tuner.data.worker import FeatureWorker
+from tuner.errors import ClusterError
+from tuner.search import driver
 
 TEXT_DIM = 8
 
@@ -66,3 +72,30 @@ def use_in_process_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(prepare_module, "run_on_ray", run_here)
     monkeypatch.setattr("tuner.encoders.text.TextEncoder", LetterEncoder)
+
+
+@contextmanager
+def no_fleet(*_: object, **__: object) -> Iterator[SimpleNamespace]:
+    yield SimpleNamespace(name="coordinator", slots=1)
+
+
+def stop(*_: object) -> None:
+    raise ClusterError(REACHED_RAY)
+
+
+def stand_in_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed search opens record, journal and database, and ends where it would train."""
+    monkeypatch.setattr(driver, "connected", lambda *_: nullcontext(None))
+    monkeypatch.setattr(driver, "Lifeline", lambda *_: SimpleNamespace(watching=nullcontext))
+    monkeypatch.setattr(driver, "read_capacity", lambda: None)
+    monkeypatch.setattr(driver, "size_fleet", lambda *_: None)
+    monkeypatch.setattr(driver, "MeteredView", lambda view: view)
+    monkeypatch.setattr(driver, "fleet", no_fleet)
+    monkeypatch.setattr(driver, "LaneWatch", lambda *_: SimpleNamespace(look=None))
+    monkeypatch.setattr(driver._Search, "_tune", stop)
+    monkeypatch.setattr(driver._Search, "_confirm", stop)
+
+
+def no_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's recordings would be downloaded."""
+    monkeypatch.setattr(stores, "fetch_demo", stop)

@@ -19,7 +19,13 @@ from in_process import RECORDINGS, prepare_words
 
 SPLITS = ("train", "train", "validation", "test", "train", "test")
 ROWS: list[dict[str, Any]] = [
-    {"audio": f"{index}.wav", "caption": f"A tone {index}", "clip_id": f"clip-{index}", "split": split, "language": "en"}
+    {
+        "audio": f"{index}.wav",
+        "caption": f"A tone {index}",
+        "clip_id": f"clip-{index}",
+        "split": split,
+        "language": "en",
+    }
     for index, split in enumerate(SPLITS)
 ]
 
@@ -117,9 +123,14 @@ def _column(name: str) -> st.SearchStrategy[Any]:
         pa.DictionaryArray.from_arrays(pa.array([0, 1, 1, 0, None, 0]), raw_text(b"a", b"\xff")),
         pa.array([[("a", 1)]] * 6, pa.map_(pa.string(), pa.int64())),
     ]
-    times = [pa.timestamp("s"), pa.timestamp("us", "UTC"), pa.duration("us"), pa.date64(), pa.time64("ns"), pa.int64()]
-    typed = st.tuples(whole, st.sampled_from(times)).map(lambda pair: pa.array(pair[0], pa.int64()).cast(pa.int64()).view(pair[1]))
-    texts = st.lists(st.none() | words().filter(_encodable), min_size=6, max_size=6).map(lambda cells: pa.array(cells, pa.string()))
+    times = [pa.timestamp("s"), pa.timestamp("us", "UTC"), pa.timestamp("us", "Mars/Olympus"), pa.duration("us")]
+    times += [pa.date64(), pa.time64("ns"), pa.int64()]
+    typed = st.tuples(whole, st.sampled_from(times)).map(
+        lambda pair: pa.array(pair[0], pa.int64()).cast(pa.int64()).view(pair[1])
+    )
+    texts = st.lists(st.none() | words().filter(_encodable), min_size=6, max_size=6).map(
+        lambda cells: pa.array(cells, pa.string())
+    )
     return st.sampled_from(columns) | typed | texts
 
 
@@ -140,7 +151,10 @@ def tables(draw: st.DrawFn) -> pa.Table:
             case "drop" if len(columns) > 1:
                 del columns[place]
             case "rename":
-                columns[place] = (draw(st.sampled_from(["captions", "file_name", "id", "x"]) | words().filter(_encodable)), columns[place][1])
+                columns[place] = (
+                    draw(st.sampled_from(["captions", "file_name", "id", "x"]) | words().filter(_encodable)),
+                    columns[place][1],
+                )
             case _:
                 columns.append(columns[place])
     table = pa.Table.from_arrays([column for _, column in columns], names=[name for name, _ in columns])
@@ -172,14 +186,25 @@ def test_column_manifests(bench: Bench, prepare: tuple[object, ...]) -> None:
     recordings = {f"set/{name}": content for name, content in RECORDINGS.items()}
     bench.lay({**recordings, stream: as_stream(whole), "set/state.json": to_json(STATE)})
     bench.sound(*prepare, "set")
-    parquet = _written(tables(), as_parquet).map(lambda content: ("rows.parquet", {**RECORDINGS, "rows.parquet": content}))
-    shards = _written(tables(), as_parquet).map(lambda content: ("set", {**recordings, "set/train-00000.parquet": content}))
+    parquet = _written(tables(), as_parquet).map(
+        lambda content: ("rows.parquet", {**RECORDINGS, "rows.parquet": content})
+    )
+    shards = _written(tables(), as_parquet).map(
+        lambda content: ("set", {**recordings, "set/train-00000.parquet": content})
+    )
     state = changed(STATE).map(to_json) | st.just(to_json(STATE))
     folder = st.tuples(_written(tables(), as_stream), state).map(
         lambda pair: ("set", {**recordings, stream: pair[0], "set/state.json": pair[1]})
     )
     dict_folder = st.tuples(_written(tables(), as_stream), changed(SPLIT_DICT).map(to_json)).map(
-        lambda pair: ("set", {"set/train/state.json": to_json(STATE), "set/train/data-00000-of-00001.arrow": pair[0], "set/dataset_dict.json": pair[1]})
+        lambda pair: (
+            "set",
+            {
+                "set/train/state.json": to_json(STATE),
+                "set/train/data-00000-of-00001.arrow": pair[0],
+                "set/dataset_dict.json": pair[1],
+            },
+        )
     )
 
     @bench.inputs(parquet | parquet | folder | shards | dict_folder, suite=60)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
-from pathlib import Path
-from types import SimpleNamespace
+from contextlib import closing
 from typing import Any
 
 import optuna
 import pytest
 from conftest import Tiny
 from finished_study import write_study
-from fuzzing import REACHED_RAY, Bench, Files
+from fuzzing import Bench, Files
 from generators import changed, to_json, torn, values
 from hypothesis import strategies as st
+from in_process import stand_in_for_ray
 from test_fuzz_stores import files_of
 
-from tuner.errors import ClusterError
 from tuner.patience import Patience
-from tuner.search import driver
 from tuner.search.durable.database import PatientStorage
 from tuner.study.folder import StudyFolder
 from tuner.study.journal import read_history
@@ -40,28 +36,6 @@ def study(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Files:
         measured = [trial.value("recall@10"), trial.value("trainable_parameters")]
         database.add_trial(optuna.trial.create_trial(values=measured, user_attrs=attributes))
     return files_of(folder, f"{STUDY}/")
-
-
-@contextmanager
-def no_fleet(*_: object, **__: object) -> Iterator[SimpleNamespace]:
-    yield SimpleNamespace(name="coordinator", slots=1)
-
-
-def stop(*_: object) -> None:
-    raise ClusterError(REACHED_RAY)
-
-
-def stand_in_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed search opens record, journal and database, and ends where it would train."""
-    monkeypatch.setattr(driver, "connected", lambda *_: nullcontext(None))
-    monkeypatch.setattr(driver, "Lifeline", lambda *_: SimpleNamespace(watching=nullcontext))
-    monkeypatch.setattr(driver, "read_capacity", lambda: None)
-    monkeypatch.setattr(driver, "size_fleet", lambda *_: None)
-    monkeypatch.setattr(driver, "MeteredView", lambda view: view)
-    monkeypatch.setattr(driver, "fleet", no_fleet)
-    monkeypatch.setattr(driver, "LaneWatch", lambda *_: SimpleNamespace(look=None))
-    monkeypatch.setattr(driver._Search, "_tune", stop)
-    monkeypatch.setattr(driver._Search, "_confirm", stop)
 
 
 @st.composite
@@ -120,7 +94,11 @@ def databases(draw: st.DrawFn, content: bytes) -> bytes:
         table = draw(st.sampled_from(["trials", "trial_user_attributes", "trial_values", "studies", *tables]))
         columns = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
         column = draw(st.sampled_from(columns))
-        odd: Any = draw(st.sampled_from([None, "", "x", -1, 2**62, 1e300, b"\xff", "RUNNING", "WAITING", '{"lora": 1}', "[" * 9_999]))
+        odd: Any = draw(
+            st.sampled_from(
+                [None, "", "x", -1, 2**62, 1e300, b"\xff", "RUNNING", "WAITING", '{"lora": 1}', "[" * 9_999]
+            )
+        )
         match draw(st.sampled_from(["set", "set", "delete", "drop"])):
             case "set":
                 statement, arguments = f"UPDATE OR IGNORE {table} SET {column} = ?", (odd,)
@@ -150,6 +128,3 @@ def test_studies(bench: Bench, study: Files, monkeypatch: pytest.MonkeyPatch) ->
     def one(case: tuple[Files, tuple[object, ...]]) -> None:
         bench.lay(case[0])
         bench.run(*case[1])
-
-
-_ = Path

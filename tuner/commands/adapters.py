@@ -47,7 +47,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="trial.yaml of an exported adapter")],
     out: Annotated[Path, typer.Option(help="folder of the adapter to write")],
     data: Annotated[str | None, typer.Option(help="manifest or prepared store; default: the one in the file")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="default: as in the file")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=999_999_999, help="default: as in the file")] = None,
     off_path: Annotated[
         str | None,
         typer.Option(help="modules that the embedding does not depend on: refuse or warn; default: as in the file"),

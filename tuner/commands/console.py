@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from tuner.redact import printable, redact
 
 FAILED = 2
 INTERRUPTED = 130  # as shells have it for SIGINT
+# Characters of one word, such as a path, and of a whole sentence; of one that is longer, its end is shown too.
+LONGEST_WORD, LONGEST_LINE, LAST_PART = 400, 2_000, 500
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 PLAIN_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 Progress = Callable[[int, int], None]  # called with the number done and the total
@@ -30,10 +34,17 @@ def say(text: str) -> None:
 
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
-    """End the program with one sentence."""
+    """End the program with one sentence on one line, however long the words are that it quotes."""
     sys.stdout.flush()
-    say(f"tuner: {message}")
+    say(f"tuner: {_readable(message)}")
     sys.exit(code)
+
+
+def _readable(message: str) -> str:
+    line = " ".join(message.splitlines())
+    line = _LONG_WORD.sub(lambda word: f"{word[0][:LONGEST_WORD]}...", line)
+    # What to do comes last.
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - LAST_PART]} ... {line[-LAST_PART:]}"
 
 
 @contextmanager

@@ -10,8 +10,10 @@ import typer
 from tuner.commands.options import DEMO, AudioRoot
 from tuner.commands.paths import check_input
 from tuner.errors import AdapterError, ConfigError, DataError, Field
+from tuner.places import exists, is_folder
 
 PRECISIONS: dict[str, Literal["auto", "bf16", "fp32"]] = {"auto": "auto", "bf16": "bf16", "fp32": "fp32"}
+LARGEST = 999_999_999  # of every count, as in `tuner search`
 FOUND_ERRORS = 1  # exit code; 2 is what every command answers to input that it cannot read
 
 
@@ -25,7 +27,7 @@ def diagnose(
     adapter: Annotated[Path | None, typer.Option(help="an adapter's folder, of tuner or of PEFT alone")] = None,
     peft_config: Annotated[Path | None, typer.Option(help="an adapter_config.json to judge by the whole model")] = None,
     targets: Annotated[list[str] | None, typer.Option(help="layers of a LoRA to try; repeat for several")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="of this LoRA")] = 16,
+    rank: Annotated[int, typer.Option(min=1, max=LARGEST, help="of this LoRA")] = 16,
     first_layer: Annotated[int, typer.Option(help="its first block; negative counts from the top")] = 0,
     placement: Annotated[
         str | None,
@@ -38,17 +40,17 @@ def diagnose(
     precision: Annotated[
         str, typer.Option(help="of the frozen encoder: auto (fp32 if it fits), bf16 or fp32")
     ] = "auto",
-    trials: Annotated[int, typer.Option(min=1, help="of the search whose cost is estimated")] = 7,
-    epochs: Annotated[int, typer.Option(min=1, help="likewise")] = 3,
-    batch_size: Annotated[int, typer.Option(min=2, help="likewise")] = 64,
+    trials: Annotated[int, typer.Option(min=1, max=LARGEST, help="of the search whose cost is estimated")] = 7,
+    epochs: Annotated[int, typer.Option(min=1, max=LARGEST, help="likewise")] = 3,
+    batch_size: Annotated[int, typer.Option(min=2, max=LARGEST, help="likewise")] = 64,
     json: Annotated[bool, typer.Option("--json", help="all findings and values as JSON")] = False,
 ) -> None:
     """Check machine, data, encoder and LoRA in seven steps; exit code 1 when one of them found an error."""
     if precision not in PRECISIONS:
         raise ConfigError(Field("precision"), f" {precision}: give {', '.join(PRECISIONS)}")
-    if adapter is not None and not adapter.is_dir():
+    if adapter is not None and not is_folder(adapter):
         raise AdapterError(f"{adapter}: no such folder; give the folder of an adapter")
-    if data is not None and data != DEMO and not Path(data).exists():
+    if data is not None and data != DEMO and not exists(Path(data)):
         raise DataError(f"{data}: no such manifest or store; give an existing one, or 'demo'")
     if peft_config is not None:
         check_input("peft_config", peft_config)

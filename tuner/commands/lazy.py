@@ -39,8 +39,11 @@ class Command(TyperCommand):
     def make_context(  # type: ignore[explicit-any]  # as Click has it
         self, info_name: str | None, args: list[str], parent: Context | None = None, **extra: Any
     ) -> Context:
-        """Parse the words of a command line; an empty one means nothing to any command."""
+        """Parse the words of a command line; an empty one, or one that is no text, means nothing to any command."""
         for before, word in zip([info_name or "", *args], args, strict=False):
+            if not word.isascii() and any("\ud800" <= sign <= "\udfff" for sign in word):
+                shown = word[:60].encode("ascii", "backslashreplace").decode()
+                raise ConfigError(f"{shown}: is not UTF-8; rename it, or give another value")
             option, _, value = word.partition("=")
             if word == "" or (option.startswith("--") and not value and "=" in word):
                 name = before if word == "" and before.startswith("--") else option or "an argument"

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from tuner.places import is_folder
+
 DEMO = "demo"
 
 AudioRoot = Annotated[
@@ -61,7 +63,7 @@ def typed(context: typer.Context, option: str) -> bool:
 def study_folder(runs: Path, study: str) -> Path:
     """The folder of a study that is given by its name in `runs`, or by its folder."""
     path = Path(study)
-    return path if path.is_dir() and not (runs / study).is_dir() else runs / study
+    return path if is_folder(path) and not is_folder(runs / study) else runs / study
 
 
 def typed_words(context: typer.Context, without: frozenset[str]) -> tuple[str, ...]:

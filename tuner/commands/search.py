@@ -43,6 +43,9 @@ TRIALS = _default(StudyConfig, "trials")
 SAMPLER, STOPPING = _named("sampler"), _named("stopping")
 
 
+# Of every count: the name of a trial has nine digits at most.
+LARGEST = 999_999_999
+
 # Options whose help fills a line of its own.
 Placement = Annotated[
     str | None, typer.Option(help="adapt the tower, language_model or both; default: as the space says")
@@ -58,16 +61,22 @@ Objectives = Annotated[
         f"[default: {' and '.join(DEFAULT_OBJECTIVES)}]"
     ),
 ]
-Trials = Annotated[int | None, typer.Option(min=1, help=f"total number of trials of the study  [default: {TRIALS}]")]
+Trials = Annotated[
+    int | None, typer.Option(min=1, max=LARGEST, help=f"total number of trials of the study  [default: {TRIALS}]")
+]
 Sampler = Annotated[str, typer.Option(help=f"what draws configurations: {', '.join(SAMPLERS)}")]
 Stopping = Annotated[str, typer.Option(help="trials that end early: hopeless (a cheaper one will be better), or never")]
 MaxParameters = Annotated[
     int | None, typer.Option("--max-params", min=1, help="draw nothing with more trainable parameters than this")
 ]
 Lanes = Annotated[
-    int | None, typer.Option(min=1, help="training process groups; default: one a GPU that is or may come, else one")
+    int | None,
+    typer.Option(min=1, max=LARGEST, help="training process groups; default: one a GPU that is or may come, else one"),
 ]
-MaxGpus = Annotated[int | None, typer.Option(min=1, help="GPUs that this search may take, over all lanes and workers")]
+MaxGpus = Annotated[
+    int | None, typer.Option(min=1, max=LARGEST, help="GPUs that this search may take, over all lanes and workers")
+]
+]
 OffPath = Annotated[
     str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
 ]
@@ -89,7 +98,8 @@ StorageUri = Annotated[
     ),
 ]
 Tflops = Annotated[
-    float | None, typer.Option(min=1e-6, help="with --dry-run: TFLOP/s that one worker reaches; default: timed here")
+    float | None,
+    typer.Option(min=1e-6, max=1e9, help="with --dry-run: TFLOP/s that one worker reaches; default: timed here"),
 ]
 
 
@@ -108,18 +118,22 @@ def search(
     sampler: Sampler = SAMPLER,
     stopping: Stopping = STOPPING,
     max_parameters: MaxParameters = None,
-    epochs: Annotated[int, typer.Option(min=1, help="of each trial")] = EPOCHS,
-    batch_size: Annotated[int, typer.Option(min=2, help="clips a step, over all workers of a lane")] = BATCH_SIZE,
+    epochs: Annotated[int, typer.Option(min=1, max=LARGEST, help="of each trial")] = EPOCHS,
+    batch_size: Annotated[
+        int, typer.Option(min=2, max=LARGEST, help="clips a step, over all workers of a lane")
+    ] = BATCH_SIZE,
     study: Annotated[str | None, typer.Option(help="name of the study; default: the space's, numbered")] = None,
     resume: Annotated[str | None, typer.Option(help="resume this study; a larger --trials extends it")] = None,
     runs: Annotated[Path, typer.Option(help="folder of studies")] = Path("runs"),
     lanes: Lanes = None,
     max_gpus: MaxGpus = None,
-    workers: Annotated[int, typer.Option(min=1, help="workers that share each batch of a lane")] = 1,
-    pack: Annotated[int, typer.Option(min=1, help="adapters that a lane holds at once")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=LARGEST, help="workers that share each batch of a lane")] = 1,
+    pack: Annotated[int, typer.Option(min=1, max=LARGEST, help="adapters that a lane holds at once")] = 1,
     precision: Annotated[str, typer.Option(help="of the frozen encoder: auto, bf16 or fp32")] = "auto",
     off_path: OffPath = "refuse",
-    seed: Annotated[int, typer.Option(min=0, help="of sampler, initialisation, dropout and batches")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="of sampler, initialisation, dropout and batches")
+    ] = 0,
     address: ClusterAddress = None,
     dashboard: Dashboard = False,
     logger: Loggers = None,

@@ -21,6 +21,9 @@ from tuner.places import is_file
 SILENCE_PEAK = 1e-4
 # Terms of the resampling ratio. 441/160 (44.1 kHz to 16 kHz) is exact; 11127 Hz would need a kernel of 1.4 GB.
 MAX_RATIO_TERM = 2000
+# Of full scale. Whole numbers of 16 bits that were saved as floats come to 32,768; the square of a float of 1e20, which
+# a spectrogram takes, is infinite.
+LOUDEST = 1e6
 # Hz. Below is no sound, above no recorder; a damaged header may hold any number up to 2 ** 31.
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 # Bytes that a writer may count too many in a header; the size of the header itself is the usual mistake.
@@ -83,7 +86,8 @@ def decode(source: Path | bytes, max_seconds: float) -> Recording:
             raise UnusableAudioError("Git LFS pointer", "run `git lfs pull` in its repository") from None
         missing = isinstance(source, Path) and not is_file(source)
         raise UnusableAudioError("missing" if missing else "unreadable", " ".join(str(error).split())) from None
-    samples = channels.mean(axis=1, dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        samples = channels.mean(axis=1, dtype=np.float32)
     _check_samples(samples, longest, max_seconds)
     return Recording(samples, rate)
 
@@ -102,6 +106,8 @@ def _check_samples(samples: np.ndarray, longest: int, max_seconds: float) -> Non
     peak = float(np.abs(samples).max())
     if not math.isfinite(peak):
         raise UnusableAudioError("unreadable", "samples are not finite")
+    if peak > LOUDEST:
+        raise UnusableAudioError("unreadable", f"peak {peak:.1e} of full scale")
     # A constant is what a dead input or a wrong sample format leaves: it is not heard either.
     peak = float(np.abs(samples - samples.mean(dtype=np.float64)).max())
     if peak < SILENCE_PEAK:

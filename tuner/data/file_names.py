@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuner.data.columns import ID_COLUMNS, audio_value
 from tuner.errors import DataError, Field
+from tuner.places import exists
 
 Row = tuple[int, Mapping[str, object]]
 _SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
@@ -26,7 +27,7 @@ def recording_path(folder: Path, name: str) -> Path:
         if parts.netloc in ("", "localhost"):
             name = unquote(parts.path)
     plain = folder / name
-    if ("\\" not in name and name.isascii()) or _exists(plain):
+    if ("\\" not in name and name.isascii()) or exists(plain):
         return plain
     for form in dict.fromkeys((name, name.replace("\\", "/"))):
         if (found := _any_normal_form(folder, form)) is not None:
@@ -39,18 +40,11 @@ def _any_normal_form(folder: Path, name: str) -> Path | None:
     path = folder
     for part in PurePosixPath(name).parts:
         forms = dict.fromkeys((part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part)))
-        found = next((path / form for form in forms if _exists(path / form)), None)
+        found = next((path / form for form in forms if exists(path / form)), None)
         if found is None:
             return None
         path = found
     return path
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def name_files_by_id(path: Path, folder: Path, rows: Sequence[Row]) -> list[Row] | None:

@@ -98,7 +98,7 @@ def _with_files(path: Path, folder: Path, rows: list[Row]) -> list[Row]:
 
 
 def _confine(path: Path, rows: Sequence[ClipRow], root: Path) -> None:
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(Field("audio_root"), f" {root}: no such folder; give the one that holds the recordings")
     inside = root.resolve()
     for row in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-
 from tuner.data.cache import cache_root
 from tuner.data.store import FORMAT, META_FILE, Store, StoreMeta, read_meta
 from tuner.data.writer import disk_faults, new_folder, only_writer

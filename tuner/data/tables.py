@@ -23,6 +23,8 @@ from tuner.lfs import ADVICE, is_pointer
 
 Row = Mapping[str, object]
 _EMBEDDED = "embedded"
+# Text that is none, dates that Python has no year for, times of zones that nobody knows.
+_UNREADABLE = (ValueError, OverflowError, LookupError)
 _BYTES_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
@@ -89,7 +91,7 @@ def _values(file: Path, name: str, column: Any) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
         return values
-    except (pa.ArrowException, ValueError, OverflowError) as error:
+    except (pa.ArrowException, *_UNREADABLE) as error:
         row = next(row for row in range(len(column)) if _is_broken(column[row]))
         reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else " ".join(str(error).split())
         raise DataError(f"{file}, row {row + 1}: `{name}` {reason}; write this value again") from None
@@ -98,7 +100,7 @@ def _values(file: Path, name: str, column: Any) -> list[Any]:
 def _is_broken(value: Any) -> bool:
     try:
         value.as_py()
-    except (pa.ArrowException, ValueError, OverflowError):
+    except (pa.ArrowException, *_UNREADABLE):
         return True
     return False
 

@@ -7,7 +7,6 @@ store nothing is decoded: clips are the same sound if their features are equal.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from tuner.data.plan import Clip, file_states, make_plan
 from tuner.data.store import REJECTS_FILE, Store
 from tuner.data.tables import EmbeddedAudio, read_audio_bytes
 from tuner.encoders.spec import EncoderSpec
+from tuner.errors import DataError
+from tuner.plain_json import parse_json
 
 # Features of silence have one value everywhere: the floor of a log-mel spectrum, or zero of a waveform.
 FLAT = 1e-6
@@ -103,5 +104,9 @@ def _sources(clips: tuple[Clip, ...]) -> Iterator[tuple[Clip, Path | bytes]]:
 
 def _listed_rejects(store: Store) -> Counter[str]:
     path = store.folder / REJECTS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return Counter(json.loads(line)["reason"] for line in lines)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return Counter(str(parse_json(line)["reason"]) for line in lines)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read ({reason}); prepare the data again") from None

@@ -31,6 +31,7 @@ from tuner.lfs import ADVICE, is_pointer
 from tuner.lora.dropout import LoraDropout
 from tuner.lora.linear import LoraLinear
 from tuner.lora.placement import Placement, StagePlacement, encoding_spec, resolve_placement
+from tuner.plain_json import parse_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -254,12 +255,17 @@ def _read_config(folder: Path) -> peft.LoraConfig:
         raise AdapterError(f"{folder}: {CONFIG_FILE} is missing; give the folder of an exported adapter")
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(missing_weights(folder))
+    path = folder / CONFIG_FILE
     try:
+        values = parse_json(path.read_bytes())
+        # PEFT only warns about these.
+        unknown = values.keys() - {field.name for field in dataclasses.fields(peft.LoraConfig)}
+        if unknown:
+            raise ValueError(f"unknown fields {', '.join(sorted(unknown))[:100]}")
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise AdapterError(
-            f"{folder / CONFIG_FILE}: is not a PEFT configuration ({error}); export the adapter again"
-        ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(f"{path}: is not a PEFT configuration ({reason}); export the adapter again") from None
     if not isinstance(config, peft.LoraConfig):
         raise AdapterError(f"{folder / CONFIG_FILE}: is a {config.peft_type} adapter; tuner reads LoRA adapters only")
     _refuse_further_settings(config, folder / CONFIG_FILE)

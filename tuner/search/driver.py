@@ -28,7 +28,7 @@ from tuner.lora.known import known_costs
 from tuner.patience import Patience
 from tuner.report.html import write_report
 from tuner.search.durable.adopt import adopt
-from tuner.search.durable.database import PatientStorage
+from tuner.search.durable.database import open_database
 from tuner.search.durable.driver_lock import only_driver
 from tuner.search.durable.head_lease import HeadLease
 from tuner.search.durable.mirror import checkpointed, mirrored
@@ -215,12 +215,8 @@ class _Search:
 
     def _open_study(self) -> optuna.Study:
         objectives = self.record.objectives
-        study = optuna.create_study(
-            storage=PatientStorage(self.request.folder.database, self.patience),
-            study_name=self.record.study,
-            directions=[objective.direction for objective in objectives],
-            load_if_exists=True,
-        )
+        directions = [objective.direction for objective in objectives]
+        study = open_database(self.request.folder.database, self.patience, self.record.study, directions)
         with warnings.catch_warnings():
             # Names for optuna-dashboard; the call has been "experimental" since Optuna 3.2.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

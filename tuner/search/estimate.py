@@ -10,7 +10,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import optuna
@@ -19,6 +21,7 @@ from tuner.config import TrialConfig
 from tuner.data.remote import open_store
 from tuner.encoders.registry import inspect_encoder
 from tuner.encoders.spec import EncoderSpec
+from tuner.errors import SpaceError
 from tuner.lora.cost import Lengths, first_adapted, frozen_flops, training_bytes, training_flops, validation_flops
 from tuner.lora.placement import encoding_spec
 from tuner.search.request import SearchRequest, check_fit, fixed_configurations
@@ -29,6 +32,9 @@ ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "auto": 4}
 # A matrix product whose operands are larger than the caches, as in training.
 PROBE_SIZE = 2048
 PROBE_SECONDS = 1.0
+# Drawing takes a time that grows with the square of the number. Without results all draws are random, so the mean of
+# these stands for the others.
+MAX_DRAWN = 1_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Estimate:
     """Costs of a whole search. Operations are floating-point operations; a multiply-add counts as two."""
 
     trials: int
+    drawn: int  # of these, the trials whose configurations were drawn; the others cost their mean
     epochs: int
     training_clips: int
     training_flops: int
@@ -81,27 +88,28 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
     spec = inspect_encoder(request.config.settings.encoder)
     check_fit(request, spec, store)
     configs = planned_configurations(request)
+    trials, weights = _weights(request, configs)
     lengths = {name: Lengths.of(store.frames[store.split(name)].tolist()) for name in ("train", "validation", "test")}
     every, epochs, text_dim = Lengths.of(store.frames.tolist()), request.config.settings.epochs, store.text_dim
     training = [epochs * training_flops(spec, config, lengths["train"], text_dim) for config in configs]
     validation = [epochs * validation_flops(spec, config, lengths["validation"], text_dim) for config in configs]
     each = [sum(costs) for costs in zip(training, validation, strict=True)]
     measured = (lengths["validation"], lengths["test"])
-    confirmation = sum(
-        validation_flops(spec, config, part, text_dim) + frozen_flops(spec, config.lora, part)
+    confirmation = [
+        sum(validation_flops(spec, config, part, text_dim) + frozen_flops(spec, config.lora, part) for part in measured)
         for config in configs
-        for part in measured
-    )
+    ]
     prefixes = _prefixes(spec, configs)
     element, settings, fleet = ELEMENT_BYTES[request.config.settings.precision], request.config.settings, request.fleet
     return Estimate(
-        trials=len(configs),
+        trials=trials,
+        drawn=len(configs),
         epochs=epochs,
         training_clips=lengths["train"].clips,
-        training_flops=sum(training),
-        validation_flops=sum(validation),
+        training_flops=_total(training, weights),
+        validation_flops=_total(validation, weights),
         shared_flops=sum(frozen_flops(spec, config.lora, every) for config in prefixes.values()),
-        confirmation_flops=confirmation,
+        confirmation_flops=_total(confirmation, weights),
         cheapest_trial_flops=min(each),
         median_trial_flops=int(statistics.median(each)),
         dearest_trial_flops=max(each),
@@ -111,13 +119,13 @@ def estimate_search(request: SearchRequest, flops_per_second: float | None = Non
         cache_bytes=_cached_bytes(spec, configs, every, element),
         flops_per_second=flops_per_second or measured_rate(),
         declared=flops_per_second is not None,
-        lanes=fleet.lanes_on(fleet.max_gpus or fleet.workers, len(configs)),
+        lanes=fleet.lanes_on(fleet.max_gpus or fleet.workers, trials),
         workers=fleet.workers,
     )
 
 
 def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
-    """The configurations that a new study would draw without any results."""
+    """The configurations that a new study would draw without any results, `MAX_DRAWN` at most."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, fixed = request.config, fixed_configurations(request.config.space)
     study = optuna.create_study(directions=[objective.direction for objective in config.objectives])
@@ -125,10 +133,26 @@ def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
     searcher = StudySearcher(
         study, config.space, config.objectives, lambda trial: {}, fixed, config.trials, {}, config.seed, "random"
     )
-    suggested = (searcher.suggest(str(number)) for number in range(config.trials))
+    suggested = (searcher.suggest(str(number)) for number in range(min(config.trials, MAX_DRAWN)))
     return [
         TrialConfig.model_validate(suggestion["config"]) for suggestion in suggested if isinstance(suggestion, dict)
     ]
+
+
+def _weights(request: SearchRequest, configs: list[TrialConfig]) -> tuple[int, list[Fraction]]:
+    """Number of trials, and how many of them each of these configurations stands for."""
+    fixed, drawn = len(fixed_configurations()), len(configs)
+    if drawn < MAX_DRAWN or drawn <= fixed:
+        return drawn, [Fraction(1)] * drawn
+    trials = request.config.trials
+    with suppress(SpaceError):
+        size = request.config.space.size()
+        trials = trials if size is None else max(drawn, min(trials, fixed + size))
+    return trials, [Fraction(1)] * fixed + [Fraction(trials - fixed, drawn - fixed)] * (drawn - fixed)
+
+
+def _total(costs: list[int], weights: list[Fraction]) -> int:
+    return int(sum(cost * weight for cost, weight in zip(costs, weights, strict=True)))
 
 
 def measured_rate() -> float:

@@ -12,6 +12,7 @@ from tuner.encoders.spec import EncoderSpec
 from tuner.errors import Field, StorageError, StudyError
 from tuner.lanes.fleet import FleetOptions
 from tuner.lora.placement import trainable_parameters
+from tuner.places import exists, is_file
 from tuner.search.durable.head_lease import HeadLease
 from tuner.search.durable.mirror import SHORT_PATIENCE, fetch_study
 from tuner.space import SearchSpace
@@ -97,7 +98,7 @@ def check_new(folder: StudyFolder, storage: Storage | None = None) -> None:
         StorageError: the storage is unreachable, or access is denied.
     """
     name = folder.name
-    if folder.record.exists():
+    if exists(folder.record):
         raise _exists(name, str(folder.path), f"--resume {name}")
     if storage is not None and storage.at(name).exists(RECORD_FILE):
         raise _exists(name, str(storage), f"--resume {name} --storage {storage.uri}")
@@ -147,7 +148,7 @@ def kept_in(folder: StudyFolder, storage: Storage | None) -> Storage | None:
         StudyError: there is no such study, or its record is damaged.
         StorageError: the storage is unreachable, or access is denied.
     """
-    here = storage is None or folder.record.is_file()
+    here = storage is None or is_file(folder.record)
     own = (StudyRecord.read(folder).storage or None) if here else None
     if storage is None:
         return Storage.parse(own) if own is not None else None

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, JsonValue, field_serializer, model_valid
 from tuner.atomic import write_json
 from tuner.config import EncoderPath, Frozen, Precision, RunSettings
 from tuner.errors import StudyError
+from tuner.places import is_file
 from tuner.space import SearchSpace
 from tuner.study.events import StudyStarted
 from tuner.study.folder import RECORD_FILE, StudyFolder
@@ -119,7 +120,7 @@ class StudyRecord(StudyConfig):
             StudyError: there is no study in this folder, or its record is damaged; names the field.
         """
         path = folder.record
-        if not path.is_file():
+        if not is_file(path):
             raise StudyError(f"{folder.path}: no study here (no {RECORD_FILE}); `tuner search` starts one")
         try:
             content = path.read_bytes()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from tuner.errors import StudyError
 from tuner.patience import Patience
+from tuner.places import exists
 from tuner.study.events import (
     EndState,
     EpochDone,
@@ -58,7 +59,7 @@ def read_history(folder: StudyFolder) -> tuple[History, str | None]:
 
 
 def _text(path: Path) -> str:
-    if not path.exists():
+    if not exists(path):
         return ""
     try:
         # An incomplete line may end inside a character; a reason may have characters that `splitlines` splits at.

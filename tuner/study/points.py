@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 from tuner.atomic import write_json
 from tuner.config import Frozen, TrialConfig
 from tuner.errors import StudyError
+from tuner.places import exists
 from tuner.study.events import TrialId, finite
 from tuner.study.folder import StudyFolder
 from tuner.study.objectives import WAYS, Objectives
@@ -157,7 +158,7 @@ class ConfirmedFront(BaseModel):
             StudyError: the file is damaged, or names an adapter outside the study; names the field.
         """
         path = folder.front
-        if not path.exists():
+        if not exists(path):
             return None
         try:
             content = path.read_bytes()

@@ -24,6 +24,7 @@ from tuner.data.writer import new_folder
 from tuner.encoders.base import AudioEncoder
 from tuner.errors import AdapterError, ConfigError
 from tuner.lora import adapter as lora_adapter
+from tuner.plain_json import parse_json
 from tuner.train.losses import ContrastiveLoss
 from tuner.train.member import Member
 from tuner.train.model import ProjectionHead
@@ -114,7 +115,7 @@ def read_card(folder: Path) -> Card:
     if not path.is_file():
         raise AdapterError(f"{folder}: has no {CARD_FILE}; give a folder that `tuner search` wrote below adapters/")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
         if (found := values.pop("format")) != FORMAT:
             raise AdapterError(f"{path}: has format {found}, this version reads {FORMAT}; export the adapter again")
         values["encoder"] = EncoderRef.parse(values["encoder"], "encoder")

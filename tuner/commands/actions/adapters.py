@@ -14,6 +14,7 @@ from tuner.commands.options import DEMO, DataChoice
 from tuner.config import EncoderRef, RunSettings
 from tuner.data.store import META_FILE, Store
 from tuner.errors import AdapterError, Field
+from tuner.places import is_file
 from tuner.storage import is_uri
 from tuner.study.points import Scores
 from tuner.train.embed import embed_files, find_recordings
@@ -83,7 +84,7 @@ def _store(adapter: Path, card: Card, data: str | None, encoder: str | None, tex
     """The data to measure on: those named, else those that the adapter was trained on."""
     place = data or _trained_on(adapter)
     # A prepared store holds text embeddings, so the text encoder itself need not be where the card says any more.
-    prepared = place != DEMO and (is_uri(place) or (Path(place) / META_FILE).is_file())
+    prepared = place != DEMO and (is_uri(place) or is_file(Path(place) / META_FILE))
     text = text_encoder or (None if prepared else card.text_encoder)
     source = encoder or (None if data is None else card.encoder.source)
     return Store.open(find_store(DataChoice(place, source, text, data is not None and card.encoder.pad_to_30s)))
@@ -92,7 +93,7 @@ def _store(adapter: Path, card: Card, data: str | None, encoder: str | None, tex
 def _trained_on(adapter: Path) -> str:
     file = adapter / TRIAL_FILE
     place = read_trial(file)[1].store
-    if not is_uri(place) and not (Path(place) / META_FILE).is_file():
+    if not is_uri(place) and not is_file(Path(place) / META_FILE):
         raise AdapterError(
             f"{file}: the data of its training, {place}, are not here; name a store with ", Field("data")
         )

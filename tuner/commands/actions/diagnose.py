@@ -22,7 +22,7 @@ from tuner.diagnose.subject import DiagnoseRequest
 from tuner.diagnose.terminal import show
 from tuner.encoders.checkpoint import CONFIG_PATTERNS, resolve_folder
 from tuner.errors import AdapterError, EncoderError
-from tuner.places import absolute_source
+from tuner.places import absolute_source, is_file
 from tuner.space import SearchSpace, load_space
 from tuner.train.export import CARD_FILE, read_card
 
@@ -118,7 +118,7 @@ def _data(question: Question) -> tuple[Store | None, Path | None]:
         choice = DataChoice(DEMO, question.encoder, None, question.pad_to_30s)
         return Store.open(find_store(choice)), None
     path = Path(question.data)
-    return (Store.open(path), None) if (path / META_FILE).is_file() else (None, path)
+    return (Store.open(path), None) if is_file(path / META_FILE) else (None, path)
 
 
 def _encoder(question: Question, store: Store | None, space: SearchSpace | None) -> EncoderRef:

@@ -35,8 +35,8 @@ def _lines(request: SearchRequest, estimate: Estimate) -> list[tuple[str, str]]:
     return [
         (
             "search",
-            f"{estimate.trials} trials of {estimate.epochs} epochs, {estimate.training_clips:,} training clips, "
-            f"space {request.config.space.name}",
+            f"{estimate.trials} trials{_drawn(estimate)} of {estimate.epochs} epochs, "
+            f"{estimate.training_clips:,} training clips, space {request.config.space.name}",
         ),
         ("operations", f"{_si(estimate.total_flops)}FLOP at most: {parts}"),
         ("one trial", "{} to {}FLOP, median {}".format(*(_si(value) for value in (each[0], each[2], each[1])))),
@@ -46,6 +46,10 @@ def _lines(request: SearchRequest, estimate: Estimate) -> list[tuple[str, str]]:
         ("disk", f"{_si(estimate.cache_bytes)}B of frozen states at most, on each machine with a lane"),
         ("left out", "starting Ray and lanes, waiting for machines, the report"),
     ]
+
+
+def _drawn(estimate: Estimate) -> str:
+    return "" if estimate.drawn == estimate.trials else f" (costs of {estimate.drawn} drawn ones)"
 
 
 def _si(value: float) -> str:

@@ -19,6 +19,7 @@ from tuner.data.cache import cache_root
 from tuner.data.store import Store
 from tuner.errors import ConfigError
 from tuner.lanes.fleet import FleetOptions
+from tuner.places import exists, is_folder
 from tuner.ray_cluster import cluster_address
 from tuner.report.answer import headline
 from tuner.report.live import make_view
@@ -244,7 +245,7 @@ def _same(name: str, typed: object, fixed: object) -> bool:
         return str(typed) == fixed or Path(str(typed)).stem == fixed
     if name in ("data", "encoder"):
         here = Path(str(typed))
-        return str(typed) == fixed or (here.exists() and str(here.resolve()) == str(Path(str(fixed)).resolve()))
+        return str(typed) == fixed or (exists(here) and str(here.resolve()) == str(Path(str(fixed)).resolve()))
     return typed == fixed
 
 
@@ -264,7 +265,7 @@ def _settings(place: Place, wanted: NewStudy, space: SearchSpace) -> RunSettings
 
 
 def _free_name(place: Place, name: str) -> str:
-    here = {path.name for path in place.runs.iterdir()} if place.runs.is_dir() else set()
+    here = {path.name for path in place.runs.iterdir()} if is_folder(place.runs) else set()
     storage = place.storage
     there = set(storage.folders()) if storage else set()
 

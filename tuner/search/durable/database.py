@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 
+from tuner.config import TrialConfig
+from tuner.errors import StudyError, TunerError, first_line
 from tuner.patience import Patience
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def open_database(path: Path, patience: Patience, study: str, directions: Sequence[str]) -> optuna.Study:
+    """The study in a database, which is made if it is not there; all that is in it can be read.
+
+    Raises:
+        StudyError: the database is damaged, or the disk stays full or unreachable.
+    """
+    try:
+        found = optuna.create_study(
+            storage=PatientStorage(path, patience), study_name=study, directions=directions, load_if_exists=True
+        )
+        known = [direction.name.lower() for direction in found.directions]
+        if known != list(directions):
+            raise ValueError(f"its directions are {known}")
+        for trial in found.get_trials(deepcopy=False):
+            if "config" in trial.user_attrs:
+                TrialConfig.model_validate_json(trial.user_attrs["config"])
+                str(trial.user_attrs["origin"])
+    except TunerError:
+        raise
+    # Optuna and SQLAlchemy raise whatever a wrong value leads to.
+    except Exception as error:
+        raise _damaged(path, error) from None
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> StudyError:
+    return StudyError(f"{path}: is damaged ({first_line(error)[:200]}); restore the file or start a new study")
 
 
 class PatientStorage(RDBStorage):
@@ -31,7 +64,22 @@ class PatientStorage(RDBStorage):
         self._path, self._patience = path.resolve(), patience
         # A folder's name may have characters that are special in a URL.
         url = URL.create("sqlite", database=str(self._path)).render_as_string()
-        patience.outlast(self._path, lambda: RDBStorage.__init__(self, url), (OperationalError,))
+
+        def attempt() -> None:
+            try:
+                RDBStorage.__init__(self, url)
+            except OperationalError as error:
+                raise _trouble(self._path, error) from None
+
+        patience.outlast(self._path, attempt, (OperationalError,))
+
+
+def _trouble(path: Path, error: BaseException) -> BaseException:
+    """The error itself, or that of a damaged database if it does not pass: a table or a column is missing."""
+    original = getattr(error, "orig", None)
+    if isinstance(error, OperationalError) and getattr(original, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:
+        return _damaged(path, error)
+    return error
 
 
 def _patient(call: Callable[Concatenate[PatientStorage, P], T]) -> Callable[Concatenate[PatientStorage, P], T]:
@@ -42,7 +90,7 @@ def _patient(call: Callable[Concatenate[PatientStorage, P], T]) -> Callable[Conc
                 return call(storage, *arguments, **options)
             except StorageInternalError as error:
                 # Optuna raises the same error for a full disk and for a value that is too long.
-                raise (error.__cause__ or error) from None
+                raise _trouble(storage._path, error.__cause__ or error) from None
 
         return storage._patience.outlast(storage._path, attempt, (OperationalError,))
 
