@@ -200,7 +200,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            value = super().construct_object(node, deep)
         except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError):
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
             reason = f"{shown(node.value)} is not of the type {kind[:MAX_SHOWN]}"

@@ -15,7 +15,7 @@ HIDDEN = "***"
 # Repetitions have an end, so that a text of any length is searched in a time that its length is proportional to.
 _URL = r"(?P<scheme>[a-z][a-z0-9+.-]{1,30}:/{1,2})"  # pathlib makes one slash of two
 # What follows a host's colon is a port; a password may hold what should have been escaped, as keys of AWS hold slashes.
-_PASSWORD = re.compile(_URL + r"[^\s/?#@:\"'<>]{0,1000}:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{0,4000}@", re.IGNORECASE)
+_PASSWORD = re.compile(_URL + r"[^\s/?#@:\"'<>]{0,1000}:(?!\d{1,5}(?:[/?#]|$))[^\s\"'<>]{0,2000}@", re.IGNORECASE)
 # A name alone is a token on the web; elsewhere it is an account or, on Azure, the container.
 _USER = re.compile(r"(?P<scheme>https?:/{1,2})[^\s/?#@:\"'<>]{1,4000}@", re.IGNORECASE)
 _PARAMETER = re.compile(

@@ -123,11 +123,14 @@ def _column(name: str) -> st.SearchStrategy[Any]:
         pa.DictionaryArray.from_arrays(pa.array([0, 1, 1, 0, None, 0]), raw_text(b"a", b"\xff")),
         pa.array([[("a", 1)]] * 6, pa.map_(pa.string(), pa.int64())),
     ]
-    times = [pa.timestamp("s"), pa.timestamp("us", "UTC"), pa.timestamp("us", "Mars/Olympus"), pa.duration("us")]
+    times: list[Any] = [
+        pa.timestamp("s"),
+        pa.timestamp("us", "UTC"),
+        pa.timestamp("us", "Mars/Olympus"),
+        pa.duration("us"),
+    ]
     times += [pa.date64(), pa.time64("ns"), pa.int64()]
-    typed = st.tuples(whole, st.sampled_from(times)).map(
-        lambda pair: pa.array(pair[0], pa.int64()).cast(pa.int64()).view(pair[1])
-    )
+    typed = st.tuples(whole, st.sampled_from(times)).map(lambda pair: pa.array(pair[0], pa.int64()).view(pair[1]))
     texts = st.lists(st.none() | words().filter(_encodable), min_size=6, max_size=6).map(
         lambda cells: pa.array(cells, pa.string())
     )

@@ -55,13 +55,14 @@ def wav_files(draw: st.DrawFn) -> bytes:
     bits = draw(st.sampled_from([32, 32, 16, 8, 24, 64, 0, 7]))
     rate = draw(st.sampled_from(RATES))
     kind = draw(st.sampled_from([3, 3, 1, 1, 6, 7, 2, 17, 85, 65_534, 0]))
-    data = draw(st.sampled_from(list(SAMPLES.values()))).astype("<f4").tobytes()
+    data: bytes = draw(st.sampled_from(list(SAMPLES.values()))).astype("<f4").tobytes()
     size = draw(st.sampled_from([len(data), len(data), 0, 2 * len(data), 2**31 - 1, 2**31, 2**32 - 1]))
     align = draw(st.sampled_from([channels * bits // 8 & 0xFFFF, 0, 1, 65_535]))
     head = struct.pack("<HHIIHH", kind, channels, rate, rate * align & 0xFFFFFFFF, align, bits)
     chunks = b"fmt " + struct.pack("<I", len(head)) + head + b"data" + struct.pack("<I", size) + data
     whole = draw(st.sampled_from([len(chunks) + 4, len(chunks) + 4, 0, 2**32 - 1]))
-    return b"RIFF" + struct.pack("<I", whole) + b"WAVE" + chunks
+    header: bytes = b"RIFF" + struct.pack("<I", whole) + b"WAVE"
+    return header + chunks
 
 
 @st.composite

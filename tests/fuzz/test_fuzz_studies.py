@@ -99,13 +99,14 @@ def databases(draw: st.DrawFn, content: bytes) -> bytes:
                 [None, "", "x", -1, 2**62, 1e300, b"\xff", "RUNNING", "WAITING", '{"lora": 1}', "[" * 9_999]
             )
         )
+        arguments: tuple[Any, ...] = ()
         match draw(st.sampled_from(["set", "set", "delete", "drop"])):
             case "set":
                 statement, arguments = f"UPDATE OR IGNORE {table} SET {column} = ?", (odd,)
             case "delete":
-                statement, arguments = f"DELETE FROM {table}", ()
+                statement = f"DELETE FROM {table}"
             case _:
-                statement, arguments = f"DROP TABLE {table}", ()
+                statement = f"DROP TABLE {table}"
         try:
             database.execute(statement, arguments)
             database.commit()

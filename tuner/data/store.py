@@ -170,13 +170,14 @@ class Store:
     @cached_property
     def captions(self) -> list[str]:
         """Distinct captions, [n_captions]; equal up to case and white space is one caption, in its first spelling."""
-        captions: list[str] = self._captions.column("text").to_pylist()
+        captions: list[Any] = self._captions.column("text").to_pylist()
         return captions
 
     @cached_property
     def text_embeddings(self) -> np.ndarray:
         """L2-normalised embeddings of `captions`, float32 [n_captions, D], memory-mapped and read-only."""
-        values: np.ndarray = self._captions.column("embedding").values.to_numpy(zero_copy_only=True)
+        column: Any = self._captions.column("embedding")
+        values: np.ndarray = column.values.to_numpy(zero_copy_only=True)
         return values.reshape(-1, self.text_dim)
 
     @property
@@ -239,7 +240,7 @@ class Store:
         return values
 
     def _texts(self, name: str) -> list[str]:
-        texts: list[str] = self._clips.column(name).to_pylist()
+        texts: list[Any] = self._clips.column(name).to_pylist()
         return texts
 
     @cached_property

@@ -17,12 +17,13 @@ from sqlalchemy.exc import OperationalError
 from tuner.config import TrialConfig
 from tuner.errors import StudyError, TunerError, first_line
 from tuner.patience import Patience
+from tuner.study.objectives import Direction
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def open_database(path: Path, patience: Patience, study: str, directions: Sequence[str]) -> optuna.Study:
+def open_database(path: Path, patience: Patience, study: str, directions: Sequence[Direction]) -> optuna.Study:
     """The study in a database, which is made if it is not there; all that is in it can be read.
 
     Raises:
