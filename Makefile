@@ -6,11 +6,12 @@ INSTALLED := $(VENV)/.installed
 PROMETHEUS := $(VENV)/prometheus
 
 .DEFAULT_GOAL := help
-.PHONY: help install search test ssh prometheus check bench lock clean
+.PHONY: help install search test ssh prometheus fuzz check bench lock clean
 
 help:
 	@echo "make search   search LoRA configurations on the demo (real speech, on this machine)"
 	@echo "make test     run all tests"
+	@echo "make fuzz     try 1,000 made-up inputs of each kind; make fuzz FUZZ=100 for fewer"
 	@echo "make check    check formatting, lint, types and import layers"
 	@echo "make bench    compare the speed with Ray Tune and PEFT as documented"
 	@echo "make lock     resolve the dependencies again"
@@ -48,6 +49,12 @@ prometheus: install
 		apt-get download -qq prometheus 2> /dev/null || { apt-get update -qq; apt-get download -qq prometheus; } || { \
 			echo "make test needs Prometheus; run: sudo apt-get install prometheus" >&2; exit 2; }; \
 		dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb && mv $(CURDIR)/$(PROMETHEUS).tmp $(CURDIR)/$(PROMETHEUS); }
+
+# A table of what was refused, accepted and at fault; each kind of fault is put into fuzz-faults/ with its input.
+FUZZ ?= 1000
+fuzz: install
+	PYTHONPATH=tests:tests/fuzz TUNER_FUZZ=$(FUZZ) $(BIN)/python -m pytest -p fuzzing -q -n 2 --timeout 36000 \
+		--ignore tests/fuzz/test_found.py tests/fuzz
 
 check: install
 	$(BIN)/ruff format --check .

@@ -1,9 +1,9 @@
 """Runs commands of `tuner` on made-up inputs, in this process, and judges what they leave.
 
 Whatever the input: exit code 0 or 2, with 2 exactly one sentence on standard error and every file as it was, no
-traceback, no temporary names, under 30 s of the processor and 4 GB. In the test suite a fault fails the test, and hypothesis shrinks the
-input. With TUNER_FUZZ=1000 (`make fuzz`), that many inputs of each kind are tried whatever is found: each kind of fault
-is written to a folder with its input, and a table shows the counts.
+traceback, no temporary names, under 30 s of the processor and 4 GB. In the test suite a fault fails the test, and
+hypothesis shrinks the input. With TUNER_FUZZ=1000 (`make fuzz`), that many inputs of each kind are tried whatever is
+found: each kind of fault is written to a folder with its input, and a table shows the counts.
 """
 
 from __future__ import annotations

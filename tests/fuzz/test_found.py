@@ -204,10 +204,10 @@ def test_a_store_that_lies_is_refused_when_it_is_opened(tiny: Tiny, tmp_path: Pa
 def test_features_that_are_not_there(tiny: Tiny, tmp_path: Path) -> None:
     """They are read one by one, so opening does not find them."""
     store = Store.open(store_with(tiny, tmp_path / "a", "clips.arrow", with_values("slot", 10**6, pa.int32())))
-    with pytest.raises(DataError, match="damaged store .clip 3 has 0 numbers of 16 channels"):
+    with pytest.raises(DataError, match=r"damaged store .clip 3 has 0 numbers of 16 channels"):
         store.features(3)
     odd = with_values("features", [0.5] * 17, pa.list_(pa.float32()))
-    with pytest.raises(DataError, match="damaged store .clip 3 has 17 numbers of 16 channels"):
+    with pytest.raises(DataError, match=r"damaged store .clip 3 has 17 numbers of 16 channels"):
         Store.open(store_with(tiny, tmp_path / "b", "features-00000.arrow", odd)).features(3)
 
 
