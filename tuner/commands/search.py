@@ -67,7 +67,8 @@ Trials = Annotated[
 Sampler = Annotated[str, typer.Option(help=f"what draws configurations: {', '.join(SAMPLERS)}")]
 Stopping = Annotated[str, typer.Option(help="trials that end early: hopeless (a cheaper one will be better), or never")]
 MaxParameters = Annotated[
-    int | None, typer.Option("--max-params", min=1, help="draw nothing with more trainable parameters than this")
+    int | None,
+    typer.Option("--max-params", min=1, max=10**15, help="draw nothing with more trainable parameters than this"),
 ]
 Lanes = Annotated[
     int | None,
@@ -75,7 +76,6 @@ Lanes = Annotated[
 ]
 MaxGpus = Annotated[
     int | None, typer.Option(min=1, max=LARGEST, help="GPUs that this search may take, over all lanes and workers")
-]
 ]
 OffPath = Annotated[
     str, typer.Option(help="LoRA modules that the embedding does not depend on: refuse, or warn of them")
