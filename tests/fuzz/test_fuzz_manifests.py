@@ -77,7 +77,7 @@ def test_text_manifests(bench: Bench, prepare: tuple[object, ...]) -> None:
         bench.lay({**RECORDINGS, name: write(ROWS)})
         bench.sound(*prepare, name)
 
-    @bench.inputs(st.sampled_from(list(TEXTS)).flatmap(_text_case), suite=60)
+    @bench.inputs(st.sampled_from(list(TEXTS)).flatmap(_text_case), suite=40)
     def one(case: tuple[str, bytes]) -> None:
         bench.lay({**RECORDINGS, case[0]: case[1]})
         bench.run(*prepare, case[0])
@@ -210,7 +210,7 @@ def test_column_manifests(bench: Bench, prepare: tuple[object, ...]) -> None:
         )
     )
 
-    @bench.inputs(parquet | parquet | folder | shards | dict_folder, suite=60)
+    @bench.inputs(parquet | parquet | folder | shards | dict_folder, suite=40)
     def one(case: tuple[str, Files]) -> None:
         bench.lay(case[1])
         bench.run(*prepare, case[0])

@@ -143,7 +143,7 @@ def test_options(bench: Bench, tiny: Tiny, study: Files, monkeypatch: pytest.Mon
         if line[1] != "check":
             bench.sound(*line)
 
-    @bench.inputs(lines(sound, known), suite=60)
+    @bench.inputs(lines(sound, known), suite=25)
     def one(line: tuple[str, ...]) -> None:
         bench.lay(files)
         bench.run(*line)

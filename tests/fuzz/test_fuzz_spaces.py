@@ -39,7 +39,7 @@ def test_spaces(bench: Bench, tiny: Tiny) -> None:
             changed(SPACE, tuple(ALL)).map(lambda value: to_json(value, ALL)).flatmap(lambda text: maybe_torn(text, 8)),
             st.sampled_from([search, show]),
         ),
-        suite=60,
+        suite=40,
     )
     def one(case: tuple[bytes, tuple[object, ...]]) -> None:
         bench.lay({"mine.yaml": case[0]})

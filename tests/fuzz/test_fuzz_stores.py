@@ -104,7 +104,7 @@ def test_stores(bench: Bench, tiny: Tiny, adapter: Path) -> None:
     bench.sound(*search)
     bench.sound(*evaluate)
 
-    @bench.inputs(st.tuples(stores(sound), st.sampled_from([search, evaluate])), suite=50)
+    @bench.inputs(st.tuples(stores(sound), st.sampled_from([search, evaluate])), suite=30)
     def one(case: tuple[Files, tuple[object, ...]]) -> None:
         bench.lay({f"store/{name}": content for name, content in case[0].items()})
         bench.run(*case[1])
@@ -165,7 +165,7 @@ def test_adapters(bench: Bench, tiny: Tiny, adapter: Path, monkeypatch: pytest.M
     bench.sound(*evaluate)
     bench.sound(*train)
 
-    @bench.inputs(st.tuples(adapters(sound), st.sampled_from([evaluate, evaluate, train])), suite=50)
+    @bench.inputs(st.tuples(adapters(sound), st.sampled_from([evaluate, evaluate, train])), suite=25)
     def one(case: tuple[Files, tuple[object, ...]]) -> None:
         bench.lay({f"adapter/{name}": content for name, content in case[0].items()})
         bench.run(*case[1])

@@ -125,7 +125,7 @@ def test_studies(bench: Bench, study: Files, monkeypatch: pytest.MonkeyPatch) ->
         bench.lay(study)
         bench.sound(*command)
 
-    @bench.inputs(st.tuples(studies(study), st.sampled_from([report, export, resume, resume])), suite=50)
+    @bench.inputs(st.tuples(studies(study), st.sampled_from([report, export, resume, resume])), suite=30)
     def one(case: tuple[Files, tuple[object, ...]]) -> None:
         bench.lay(case[0])
         bench.run(*case[1])
