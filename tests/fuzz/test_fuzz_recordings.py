@@ -91,7 +91,9 @@ def test_recordings(bench: Bench, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, t
     bench.lay({**RECORDINGS, "rows.jsonl": manifest, "odd.wav": RECORDINGS["3.wav"]})
     bench.sound(*words, "rows.jsonl", "--max-rejects", 0)
 
-    @bench.inputs(st.tuples(wav_files() | written_files() | st.binary(max_size=64), st.sampled_from([0, 0, 0.5])), suite=50)
+    @bench.inputs(
+        st.tuples(wav_files() | written_files() | st.binary(max_size=64), st.sampled_from([0, 0, 0.5])), suite=50
+    )
     def one(case: tuple[bytes, float]) -> None:
         bench.lay({**RECORDINGS, "rows.jsonl": manifest, "odd.wav": case[0]})
         bench.run(*words, "rows.jsonl", "--max-rejects", case[1])
