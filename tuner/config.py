@@ -25,6 +25,8 @@ MAX_SHOWN, MAX_ERRORS = 100, 6
 MAX_REASON = 300
 # Nothing that is configured comes near; Python cannot even write the longest numbers that a file can hold.
 MAX_WHOLE = 2**63 - 1
+# Of brackets in YAML: PyYAML takes a time that grows with the square of the depth.
+MAX_DEPTH = 100
 
 
 class Frozen(BaseModel):
@@ -197,6 +199,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     Every value that cannot be read is a YAML error with its line: PyYAML raises whatever Python's own types raise.
     """
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:
+            reason = "lists or mappings are nested too deeply"
+            raise yaml.scanner.ScannerError(None, None, reason, self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

@@ -57,6 +57,7 @@ from tuner.space import SearchSpace
         ("!!bool x", "'x' is not of the type bool"),
         ("!!timestamp x", "'x' is not of the type timestamp"),
         ("[" * 10_000 + "]" * 10_000, "nested too deeply"),
+        ("[" * 10_000, "nested too deeply"),
         ('{"a": ' * 10_000 + "1" + "}" * 10_000, "nested too deeply"),
         ("*" + "x" * 10_000, "found undefined alias"),
         ("!" + "x" * 10_000 + " 1", "could not determine a constructor"),

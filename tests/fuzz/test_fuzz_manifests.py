@@ -166,7 +166,10 @@ def tables(draw: st.DrawFn) -> pa.Table:
 
 def as_parquet(table: pa.Table) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=4)
+    try:
+        pq.write_table(table, sink, row_group_size=4)
+    except pa.ArrowException:
+        return b"Parquet has no place for such times"
     return sink.getvalue()
 
 
