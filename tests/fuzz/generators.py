@@ -157,9 +157,17 @@ def _near(draw: st.DrawFn, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return draw(st.sampled_from([-value, value + 1, value * 10, value * 10**6, float(value), str(value)]))
+        return draw(
+            st.sampled_from(
+                [-value, value + 1, value * 10, value * 10**6, value / 2 if abs(value) < 2**60 else 0.5, hex(value)]
+            )
+        )
     if isinstance(value, float):
-        return draw(st.sampled_from([-value, value * 1e6, value * 1e-9, int(value), str(value), value + 1e-12]))
+        return draw(
+            st.sampled_from(
+                [-value, value * 1e6, value * 1e-9, int(value) if abs(value) < 1e300 else 1, str(value), value + 1e-12]
+            )
+        )
     if isinstance(value, str):
         return draw(st.sampled_from([value + "x", value[:-1], value.upper(), value * 400, f" {value} ", [value]]))
     return [value]
