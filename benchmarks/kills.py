@@ -282,8 +282,8 @@ def show_kills(state: State) -> None:
     title = "kill -9 of processes of an embedded search"
     show(title, ("process", "kills", "search went on", "ended with 2, resumed", "faults"), rows)
     typer.echo(f"{len(state.kills)} kills, {len(state.ended)} studies")
-    for name, faults in state.ended.items():
-        typer.echo(f"{name}: {'; '.join(faults) or 'each trial once, equal to the undisturbed run to the last bit'}")
+    for name, lost in state.ended.items():
+        typer.echo(f"{name}: {'; '.join(lost) or 'each trial once, equal to the undisturbed run to the last bit'}")
     for number, kill in enumerate(state.kills, 1):
         if kill.faults:
             typer.echo(f"kill {number} ({kill.kind}): {'; '.join(kill.faults)}")

@@ -28,7 +28,7 @@ def end_leftovers(folder: Path) -> None:
     Args:
         folder: where Ray keeps the sessions of this program and user, and of nobody else.
     """
-    _end(folder, lambda driver, servers: not servers and not _lives(driver))
+    _end(folder, lambda driver, servers: not servers and not _driver_lives(driver))
 
 
 def end_own(folder: Path) -> None:
@@ -37,7 +37,7 @@ def end_own(folder: Path) -> None:
     _end(folder, lambda driver, servers: driver == us and all(server.ppid() == us for server in servers))
 
 
-def runs(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
     """Whether it has not ended; a container's first process may be one that never looks after its orphans."""
     with suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -72,7 +72,7 @@ def _sessions(folder: Path) -> dict[str, list[psutil.Process]]:
 
 def _is_rays(process: psutil.Process) -> bool:
     title = "".join(process.cmdline()[:1])
-    return runs(process) and (process.name() in SERVERS or title.startswith(TITLES))
+    return lives(process) and (process.name() in SERVERS or title.startswith(TITLES))
 
 
 def _session(file: Path, folder: Path) -> str | None:
@@ -81,7 +81,7 @@ def _session(file: Path, folder: Path) -> str | None:
     return name if name.startswith(SESSION) else None
 
 
-def _lives(pid: int) -> bool:
+def _driver_lives(pid: int) -> bool:
     with suppress(psutil.Error):
-        return runs(psutil.Process(pid))
+        return lives(psutil.Process(pid))
     return False

@@ -11,7 +11,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from typing import Any
 import psutil
 
 from tuner.errors import ConfigError
-from tuner.leftovers import SERVERS, end_leftovers, end_own, runs
+from tuner.leftovers import SERVERS, end_leftovers, end_own, lives
 from tuner.ray_start import forbid_auto_init, start_patiently
 
 FOLDER_VARIABLE = "RAY_TMPDIR"
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+# A process of this machine that ends closes its connections. One that only does not answer is stopped (a suspended
+# terminal, a debugger) or waits for its turn; Ray would cut it off after half a minute, and end what it has asked for.
+PATIENT = {f"RAY_{side}_keepalive_time_ms": str(24 * 3600 * 1000) for side in ("grpc", "grpc_client")}
 # For workers to end after their raylet; they take some tenths of a second.
 END_SECONDS = 3.0
 # Paths of sockets may have 107 bytes (macOS: 103). Ray's names in the folder of its own that embedded Rays share:
@@ -52,7 +55,7 @@ def embedded_ray(**options: Any) -> Iterator[Any]:
 
     forbid_auto_init()
     try:
-        with environment(_authentication(bool(options.get("include_dashboard")))):
+        with environment(_authentication(bool(options.get("include_dashboard"))) | PATIENT):
             _read_authentication()
             folder = _ray_folder()
             if not os.environ.get(FOLDER_VARIABLE):
@@ -73,7 +76,7 @@ def ended_server() -> str | None:
     """The server of this process's own Ray that has ended, by Ray's name; None while both run, and on a cluster."""
     from ray._private.worker import _global_node
 
-    processes = _global_node.all_processes if _global_node else {}
+    processes: Mapping[str, Iterable[Any]] = _global_node.all_processes if _global_node else {}
     for name in SERVERS:
         if any(server.process.poll() is not None for server in processes.get(name, ())):
             return name
@@ -101,7 +104,7 @@ def _see_off(workers: list[psutil.Process]) -> None:
     """Wait until they have ended, which they do when their raylet has, and end those that hang in doing so: now and
     then one would stay for good, with the 200 MB of its imports."""
     deadline = time.monotonic() + END_SECONDS
-    while (left := [worker for worker in workers if runs(worker)]) and time.monotonic() < deadline:
+    while (left := [worker for worker in workers if lives(worker)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     for worker in left:
         with suppress(psutil.Error):
