@@ -16,6 +16,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -42,14 +43,16 @@ KINDS = {
     "Train controller": r"ray::TrainController",
     "coordinator": r"ray::(Coordinator|tuner-coordinator)",
     "trial client": r"ray::(TrialClient|tuner-trial-client)",
+    "Train's other actors": r"ray::(SynchronizationActor|_AutoscalingCoordinatorActor)",
     "raylet": r"\S*/raylet/raylet ",
     "control service": r"\S*/gcs/gcs_server ",
     "dashboard agent": r"ray::DashboardAgent",
     "runtime environment agent": r"ray::RuntimeEnvAgent",
     "log monitor, autoscaler, dashboard": r"\S*python\S* .*/ray/\S*(log_monitor|monitor|dashboard)\.py ",
 }
-# Of the next kill: after a driver's start, and after another kill.
-FIRST_SECONDS, NEXT_SECONDS = (4.0, 40.0), (1.0, 15.0)
+# From the moment at which a process is there, or from the kill before.
+PAUSE_SECONDS = (0.2, 15.0)
+LOOK_SECONDS = 0.5
 # For the rest of a search that nobody disturbs any more.
 PATIENCE = 600.0
 KILLED, LOST = -signal.SIGKILL, 2
@@ -94,10 +97,10 @@ class State:
         staged.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         staged.replace(self.path)
 
-    def rarest(self, kinds: set[str], dice: random.Random) -> str:
-        """One of these kinds that was killed least often."""
+    def rarest(self, dice: random.Random) -> str:
+        """A kind that was killed least often."""
         counted = Counter(kill.kind for kill in self.kills)
-        return min(sorted(kinds), key=lambda kind: (counted[kind], dice.random()))
+        return min(KINDS, key=lambda kind: (counted[kind], dice.random()))
 
 
 class Driver:
@@ -118,6 +121,12 @@ class Driver:
         with suppress(subprocess.TimeoutExpired):
             return self.process.wait(seconds)
         return None
+
+    def wait_for(self, kind: str) -> int | None:
+        """The exit code, None if a process of this kind runs before that."""
+        while (code := self.wait(LOOK_SECONDS)) is None and kind not in self.processes():
+            pass
+        return code
 
     def processes(self) -> dict[str, psutil.Process]:
         """One process of each kind that runs."""
@@ -176,7 +185,7 @@ class Chaos:
             try:
                 code, before = self._one_driver(driver, name, kills, before)
             finally:
-                driver.end() if code is None else None
+                driver.end()
             self._judge(driver, name, code)
 
     def _new(self, name: str, seed: int) -> list[str]:
@@ -186,19 +195,21 @@ class Chaos:
         self, driver: Driver, name: str, kills: int, before: list[psutil.Process]
     ) -> tuple[int, list[psutil.Process]]:
         """Kill processes below one driver until it ends; its exit code, and what it may have left."""
-        pause, seen = self.dice.uniform(*FIRST_SECONDS), list[psutil.Process]()
-        while (code := driver.wait(pause)) is None:
-            if len(self.state.kills) >= kills:
-                code = driver.wait(PATIENCE)
-                break
+        seen = list[psutil.Process]()
+        while len(self.state.kills) < kills:
+            kind = self.state.rarest(self.dice)
+            code = driver.wait_for(kind)
+            code = driver.wait(self.dice.uniform(*PAUSE_SECONDS)) if code is None else code
+            if code is not None:
+                return code, seen
             there = driver.processes()
             if "raylet" in there and any(process.is_running() for process in before):
                 self.state.kills[-1].faults.append("the next search left processes of the one before")
                 before = []
-            kind = self.state.rarest(set(there), self.dice)
             seen = list(there.values())
-            self._strike(driver, name, kind, there[kind])
-            pause = self.dice.uniform(*NEXT_SECONDS)
+            if kind in there:
+                self._strike(driver, name, kind, there[kind])
+        code = driver.wait(PATIENCE)
         if code is None:
             raise RuntimeError(f"{name} does not end: {driver.log.read_text(encoding='utf-8')[-2000:]}")
         return code, seen
@@ -298,6 +309,8 @@ def main(
     seeds: int = 2,
 ) -> None:
     """Kill so many processes. `--store` takes a prepared one."""
+    # Whoever stops this stops its search, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder.mkdir(parents=True, exist_ok=True)
     if store is None:
         store = folder / "store" if (folder / "store").exists() else prepare(folder, 48)

@@ -7,17 +7,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
-from ray._private import worker as ray_worker
 
 from benchmarks.local_cluster import until
 from tuner import loopback
 from tuner.leftovers import end_leftovers, end_own
-from tuner.loopback import AUTH_MODE, FOLDER_VARIABLE, abandon_ray, embedded_ray, ended_server
+from tuner.loopback import AUTH_MODE, FOLDER_VARIABLE, abandon_ray, embedded_ray
 
 Start = Callable[..., subprocess.Popen[bytes]]
 AGENT = "ray::DashboardAgent"
@@ -159,20 +157,7 @@ def test_nothing_is_left_of_a_start_that_failed_after_its_servers(
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_ray_without_a_server_is_found_and_abandoned(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    servers = {name: start(name, os.getpid(), tmp_path / "ray") for name in ("raylet", "gcs_server")}
-    agent = start(AGENT, os.getpid(), tmp_path / "ray")
-    processes = {name: [SimpleNamespace(process=process)] for name, process in servers.items()}
-    monkeypatch.setattr(ray_worker, "_global_node", SimpleNamespace(all_processes=processes))
-    assert ended_server() is None
-    servers["gcs_server"].kill()
-    until(lambda: ended_server() == "gcs_server", "its end")
+def test_a_ray_that_cannot_go_on_is_abandoned(start: Start, tmp_path: Path) -> None:
+    left = [start(title, os.getpid(), tmp_path / "ray") for title in ("gcs_server", AGENT)]
     abandon_ray()
-    assert ended(servers["raylet"], agent) == [True, True]
-
-
-def test_a_cluster_has_no_servers_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_worker, "_global_node", SimpleNamespace(all_processes={}))
-    assert ended_server() is None
+    assert ended(*left) == [True, True]

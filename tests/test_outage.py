@@ -271,15 +271,29 @@ def test_a_driver_learns_that_its_cluster_has_gone(fast: SimpleNamespace, silenc
     assert lost.reasons == ["the Ray cluster has gone"]
 
 
-def test_a_driver_learns_at_once_that_a_server_of_its_own_ray_has_ended(
+class Ends:
+    """Vital processes of which one ends at some look, for whoever looks."""
+
+    looks = 0
+
+    def wait_for_end(self, seconds: float) -> str | None:
+        time.sleep(seconds)
+        Ends.looks -= 1
+        return "raylet" if Ends.looks < 0 else None
+
+    def close(self) -> None: ...
+
+
+def test_a_driver_learns_at_once_that_a_process_of_its_own_ray_has_ended(
     fast: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one may still answer that all is well."""
     lost = Losses()
     monkeypatch.setattr(lifeline_module, "LOST_SECONDS", 600.0)
     with closing(Lifeline(lost)) as lifeline:
+        monkeypatch.setattr(lifeline_module, "RayVitals", Ends)
+        monkeypatch.setattr(Ends, "looks", 3)
         lifeline.start()
-        monkeypatch.setattr(lifeline_module, "ended_server", lambda: "raylet")
         assert lost.came.wait(20)
     assert lost.reasons == ["Ray has ended, because its raylet was killed or crashed"]
 
@@ -293,15 +307,15 @@ def test_an_error_before_the_silence_is_noticed_is_the_clusters_doing(fast: Simp
         assert lost.reasons
 
 
-def test_an_error_before_the_end_of_a_server_is_noticed_is_its_doing(
+def test_an_error_before_the_end_of_a_process_is_noticed_is_its_doing(
     fast: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = Losses()
-    ended = iter([None, "gcs_server"])
-    monkeypatch.setattr(lifeline_module, "ended_server", lambda: next(ended, "gcs_server"))
+    monkeypatch.setattr(lifeline_module, "RayVitals", Ends)
+    monkeypatch.setattr(Ends, "looks", 0)
     with pytest.raises(RuntimeError), closing(Lifeline(lost)) as lifeline, lifeline.watching():
         raise RuntimeError("the actor died")
-    assert set(lost.reasons) == {"Ray has ended, because its gcs_server was killed or crashed"}
+    assert set(lost.reasons) == {"Ray has ended, because its raylet was killed or crashed"}
 
 
 def test_a_search_that_fails_by_itself_keeps_its_own_error(fast: SimpleNamespace) -> None:

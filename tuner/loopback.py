@@ -11,7 +11,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from tuner.errors import ConfigError
-from tuner.leftovers import SERVERS, end_leftovers, end_own, lives
+from tuner.leftovers import end_leftovers, end_own, lives
 from tuner.ray_start import forbid_auto_init, start_patiently
 
 FOLDER_VARIABLE = "RAY_TMPDIR"
@@ -70,17 +70,6 @@ def embedded_ray(**options: Any) -> Iterator[Any]:
         # Where Ray asks for a token anyway, a thread of its own that ends late would end this process without one.
         if AUTH_MODE not in os.environ:
             _read_authentication()
-
-
-def ended_server() -> str | None:
-    """The server of this process's own Ray that has ended, by Ray's name; None while both run, and on a cluster."""
-    from ray._private.worker import _global_node
-
-    processes: Mapping[str, Iterable[Any]] = _global_node.all_processes if _global_node else {}
-    for name in SERVERS:
-        if any(server.process.poll() is not None for server in processes.get(name, ())):
-            return name
-    return None
 
 
 def abandon_ray() -> None:

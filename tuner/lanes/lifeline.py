@@ -13,25 +13,25 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from tuner.loopback import ended_server
+from tuner.ray_vitals import RayVitals
 
 # Longer than a restart of Ray's control service with its state kept, shorter than Ray's own minute.
 LOST_SECONDS = 30.0
 # A cluster that is there answers sooner.
 ANSWER_SECONDS = 10.0
 PING_SECONDS = 1.0
-# Calls that need a server which has ended fail at once, some with the process: this comes before most of them.
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.1
 GONE = "the Ray cluster has gone"
-SERVER_ENDED = "Ray has ended, because its {} was killed or crashed"
+ENDED = "Ray has ended, because its {} was killed or crashed"
 
 
 class Lifeline:
-    """Watches the node that this driver is connected to, and the servers of a Ray of its own, from `start` to `close`.
+    """Watches the node that this driver is connected to, and the processes of a Ray of its own, from `start` to
+    `close`.
 
     Args:
-        lost: called with the reason, on a thread, when a server of our own Ray has ended, or the cluster has not known
-            the node for `LOST_SECONDS`; it should end the process. None: nothing is watched.
+        lost: called with the reason, on a thread, when a vital process of our own Ray has ended, or the cluster has not
+            known the node for `LOST_SECONDS`; it should end the process. None: nothing is watched.
     """
 
     def __init__(self, lost: Callable[[str], None] | None) -> None:
@@ -69,8 +69,6 @@ class Lifeline:
         """End the process if Ray is not there now: an error that came before that was noticed is its doing."""
         if not self._started:
             return
-        # Others may notice the end of a process a moment before it can be asked for.
-        time.sleep(LOOK_SECONDS)
         if reason := self._why_gone(ANSWER_SECONDS, until_answer=True):
             self._end(reason)
 
@@ -97,10 +95,15 @@ class Lifeline:
         A process that is stopped (a suspended terminal, a debugger) hears nothing, and its clock goes on. So the time
         between two looks counts only up to the time in which an answer was due anyway.
         """
+        with contextlib.closing(RayVitals()) as vitals:
+            return self._first_reason(vitals, most_silent, until_answer)
+
+    def _first_reason(self, vitals: RayVitals, most_silent: float, until_answer: bool) -> str | None:
         heard, silent, looked = self._answers, 0.0, time.monotonic()
-        while not self._closed.wait(LOOK_SECONDS):
-            if server := ended_server():
-                return SERVER_ENDED.format(server)
+        while not self._closed.is_set():
+            # Others may notice the end of a process a moment before it can be asked for: look first.
+            if ended := vitals.wait_for_end(LOOK_SECONDS):
+                return ENDED.format(ended)
             now = time.monotonic()
             silent, looked = silent + min(now - looked, PING_SECONDS), now
             if self._answers > heard:
