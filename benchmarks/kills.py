@@ -56,6 +56,8 @@ LOOK_SECONDS = 0.5
 # For the rest of a search that nobody disturbs any more.
 PATIENCE = 600.0
 KILLED, LOST = -signal.SIGKILL, 2
+# What no kill is the cause of.
+NOT_STARTED = "Ray did not start in two tries"
 FOLDER = Path(tempfile.gettempdir()) / "tuner-kills"
 
 
@@ -181,12 +183,16 @@ class Chaos:
         code, before = None, list[psutil.Process]()
         while code != 0:
             given = ["--resume", name] if self.study(name).record.exists() else self._new(name, seed)
-            driver = Driver(self.folder, given)
+            driver, struck = Driver(self.folder, given), len(self.state.kills)
             try:
                 code, before = self._one_driver(driver, name, kills, before)
             finally:
                 driver.end()
-            self._judge(driver, name, code)
+            said = driver.log.read_text(encoding="utf-8", errors="replace")
+            if len(self.state.kills) == struck and NOT_STARTED in said:
+                typer.echo("Ray does not start on a machine as busy as this; once more", err=True)
+            elif self.state.kills:
+                self._judge(said, name, code)
 
     def _new(self, name: str, seed: int) -> list[str]:
         return ["--study", name, "--seed", str(seed), *self.options]
@@ -222,13 +228,10 @@ class Chaos:
             self.state.write()
             typer.echo(f"{len(self.state.kills)}: {name}: {kind} after {seconds:.1f} s", err=True)
 
-    def _judge(self, driver: Driver, name: str, code: int) -> None:
+    def _judge(self, said: str, name: str, code: int) -> None:
         """Note how the driver ended after the last kill, and whether the study opens."""
-        if not self.state.kills:
-            return
         last = self.state.kills[-1]
         last.code = code
-        said = driver.log.read_text(encoding="utf-8", errors="replace")
         sentences = [line for line in said.splitlines() if line.startswith("tuner: ")]
         if code not in (0, LOST, KILLED) or (code == KILLED and last.kind != "driver"):
             last.faults.append(f"exit code {code}")

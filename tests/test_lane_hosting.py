@@ -13,7 +13,6 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from tuner.lanes import hosting
 from tuner.lanes.hosting import LaneTrainer, host_lane
 from tuner.lanes.lane import LaneConfig
 
@@ -55,8 +54,8 @@ def test_the_end_of_a_lane_is_reported(
 
     coordinator = SimpleNamespace(fatal=SimpleNamespace(remote=told.append))
     monkeypatch.setattr(LaneTrainer, "fit", fit)
-    monkeypatch.setattr(hosting.ray, "get_actor", lambda name: coordinator)
-    monkeypatch.setattr(hosting.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray, "get_actor", lambda name: coordinator)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
     values: dict[str, Any] = {"storage": None, "capacity": 1, "workers": 1, "threads": 1, "use_gpu": False}
     host_lane(LaneConfig("lane-0", "s", "space", "coordinator", tiny.settings(), "/r/s", **values), embedded=True)
     assert told == [f"lane-0 ended: {reason}"]

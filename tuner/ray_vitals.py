@@ -10,7 +10,9 @@ import os
 import re
 import select
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import psutil
 
@@ -56,8 +58,9 @@ def _vital_processes() -> dict[str, psutil.Process]:
     from ray._private.worker import _global_node
 
     found: dict[str, psutil.Process] = {}
+    started: Mapping[str, Iterable[Any]] = _global_node.all_processes if _global_node else {}
     for name in SERVERS:
-        for server in _global_node.all_processes.get(name, ()) if _global_node else ():
+        for server in started.get(name, ()):
             found[name] = psutil.Process(server.process.pid)
     for child in found["raylet"].children() if "raylet" in found else ():
         with suppress(psutil.Error):
