@@ -10,11 +10,14 @@ import optuna
 import pytest
 from test_searcher import Bench, result_of, run
 
-from tuner.search.searcher import FINISHED, STARTUP_TRIALS, StudySearcher
+from tuner.search.sampling.library import STARTUP_TRIALS
+from tuner.search.searcher import FINISHED, StudySearcher
+from tuner.study.config import SamplerName
 
 # Enough of them that the sampler models what it was told.
 BEFORE, AT_ONCE, AFTER = STARTUP_TRIALS + 1, 3, 2
 TRIALS = BEFORE + AT_ONCE + AFTER
+SAMPLERS: tuple[SamplerName, ...] = ("gp", "tpe")
 MOMENTS = ("drawn, not written", "written, not trained", "trained, not told", "told to the database alone")
 
 
@@ -43,31 +46,33 @@ def side_by_side(searcher: StudySearcher, order: tuple[int, ...]) -> list[dict[s
     return [*told, *running, *run(searcher)]
 
 
-def test_reports_in_any_order_lead_to_the_same_suggestions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_reports_in_any_order_lead_to_the_same_suggestions(tmp_path: Path, sampler: SamplerName) -> None:
     found = []
     for order in permutations(range(AT_ONCE)):
-        found.append(side_by_side(Study(tmp_path).searcher(TRIALS, seed=3), order))
+        found.append(side_by_side(Study(tmp_path).searcher(TRIALS, 3, sampler), order))
     assert len(found[0]) == TRIALS
     assert all(other == found[0] for other in found)
 
 
-def test_a_resumed_study_that_lacked_one_report_goes_on_in_the_same_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_resumed_study_that_lacked_one_report_goes_on_in_the_same_way(tmp_path: Path, sampler: SamplerName) -> None:
     """The last of three reports was under way when the driver was killed: its trial is trained once more, first."""
-    expected = side_by_side(Study(tmp_path).searcher(TRIALS, seed=3), (0, 1, 2))
+    expected = side_by_side(Study(tmp_path).searcher(TRIALS, 3, sampler), (0, 1, 2))
     killed = Study(tmp_path)
-    first = killed.searcher(TRIALS, seed=3)
+    first = killed.searcher(TRIALS, 3, sampler)
     before = run(first, most=BEFORE)
     running = [first.suggest(f"at once {place}") for place in range(AT_ONCE)]
     for place in (2, 0):
         first.on_trial_complete(f"at once {place}", result_of(running[place]))
-    after = run(killed.searcher(TRIALS, seed=3))
+    after = run(killed.searcher(TRIALS, 3, sampler))
     assert after[0] == running[1]
     assert [*before, *running, *after[1:]] == expected
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(Study(tmp_path_factory.mktemp("whole")).searcher(TRIALS, seed=5))
+    return run(Study(tmp_path_factory.mktemp("whole")).searcher(TRIALS, 5, "gp"))
 
 
 @pytest.mark.parametrize("trial", [0, 1, 2, STARTUP_TRIALS + 1, TRIALS - 1])
@@ -76,15 +81,15 @@ def test_a_driver_killed_between_ask_write_and_tell_changes_no_suggestion(
     tmp_path: Path, whole: list[dict[str, Any]], moment: str, trial: int
 ) -> None:
     bench = Study(tmp_path)
-    driver = bench.searcher(TRIALS, seed=5)
+    driver = bench.searcher(TRIALS, 5, "gp")
     run(driver, most=trial)
     kill_at(driver, moment)
-    told = run(bench.searcher(TRIALS, seed=5))
+    told = run(bench.searcher(TRIALS, 5, "gp"))
     numbers = [suggestion["trial"] for suggestion in told]
     first = trial + (moment == "told to the database alone")
     assert numbers == [f"t{number:04d}" for number in range(first, TRIALS)]
     assert told == whole[first:]
-    assert bench.searcher(TRIALS, seed=5).suggest("more") == FINISHED
+    assert bench.searcher(TRIALS, 5, "gp").suggest("more") == FINISHED
 
 
 def kill_at(driver: StudySearcher, moment: str) -> None:
