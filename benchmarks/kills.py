@@ -168,22 +168,23 @@ class Chaos:
     def undisturbed(self, seed: int) -> str:
         """Name of the search that nobody disturbs, run if it has not been."""
         name = f"calm-{seed}"
-        if not self.study(name).front.exists():
-            given = ["--resume", name] if self.study(name).record.exists() else self._new(name, seed)
-            driver = Driver(self.folder, given)
+        while not self.study(name).front.exists():
+            driver = Driver(self.folder, self._again(name) or self._new(name, seed))
             try:
-                if driver.wait(PATIENCE) != 0:
-                    raise RuntimeError(f"{name}: {driver.log.read_text(encoding='utf-8')[-2000:]}")
+                code = driver.wait(PATIENCE)
             finally:
                 driver.end()
+            said = driver.log.read_text(encoding="utf-8")
+            if code != 0 and NOT_STARTED not in said:
+                raise RuntimeError(f"{name}: {said[-2000:]}")
         return name
 
     def disturb(self, name: str, seed: int, kills: int) -> None:
         """Kill processes of one study until it ends, or until there have been so many kills; then let it end."""
         code, before = None, list[psutil.Process]()
         while code != 0:
-            given = ["--resume", name] if self.study(name).record.exists() else self._new(name, seed)
-            driver, struck = Driver(self.folder, given), len(self.state.kills)
+            driver = Driver(self.folder, self._again(name) or self._new(name, seed))
+            struck = len(self.state.kills)
             try:
                 code, before = self._one_driver(driver, name, kills, before)
             finally:
@@ -193,6 +194,9 @@ class Chaos:
                 typer.echo("Ray does not start on a machine as busy as this; once more", err=True)
             elif self.state.kills:
                 self._judge(said, name, code)
+
+    def _again(self, name: str) -> list[str]:
+        return ["--resume", name] if self.study(name).record.exists() else []
 
     def _new(self, name: str, seed: int) -> list[str]:
         return ["--study", name, "--seed", str(seed), *self.options]
