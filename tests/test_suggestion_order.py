@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tuner.study.config import SamplerName
 
 # Enough of them that the sampler models what it was told.
 BEFORE, AT_ONCE, AFTER = STARTUP_TRIALS + 1, 3, 2
+ORDERS = ((0, 1, 2), (2, 1, 0), (1, 2, 0))
 TRIALS = BEFORE + AT_ONCE + AFTER
 SAMPLERS: tuple[SamplerName, ...] = ("gp", "tpe")
 MOMENTS = ("drawn, not written", "written, not trained", "trained, not told", "told to the database alone")
@@ -49,7 +49,7 @@ def side_by_side(searcher: StudySearcher, order: tuple[int, ...]) -> list[dict[s
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_reports_in_any_order_lead_to_the_same_suggestions(tmp_path: Path, sampler: SamplerName) -> None:
     found = []
-    for order in permutations(range(AT_ONCE)):
+    for order in ORDERS:
         found.append(side_by_side(Study(tmp_path).searcher(TRIALS, 3, sampler), order))
     assert len(found[0]) == TRIALS
     assert all(other == found[0] for other in found)
