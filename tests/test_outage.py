@@ -224,9 +224,22 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return answer
 
     monkeypatch.setattr(lifeline_module, "ray", SimpleNamespace(get_runtime_context=lambda: context, nodes=nodes))
-    for name, seconds in (("LOST_SECONDS", 0.5), ("PING_SECONDS", 0.01), ("ANSWER_SECONDS", 0.5)):
-        monkeypatch.setattr(lifeline_module, name, seconds)
+    seconds = {"LOST_SECONDS": 0.5, "ANSWER_SECONDS": 0.5, "PING_SECONDS": 0.02, "LOOK_SECONDS": 0.01}
+    for name, value in seconds.items():
+        monkeypatch.setattr(lifeline_module, name, value)
     return cluster
+
+
+class Losses:
+    """Remembers why Ray was lost, and when."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.came = threading.Event()
+
+    def __call__(self, reason: str) -> None:
+        self.reasons.append(reason)
+        self.came.set()
 
 
 def hang() -> list[dict[str, Any]]:
@@ -248,31 +261,116 @@ SILENCES: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("silence", SILENCES)
 def test_a_driver_learns_that_its_cluster_has_gone(fast: SimpleNamespace, silence: str) -> None:
-    lost = threading.Event()
-    with closing(Lifeline(lost.set)) as lifeline:
+    lost = Losses()
+    with closing(Lifeline(lost)) as lifeline:
         lifeline.start()
         lifeline.end_if_broken()
-        assert not lost.is_set()
+        assert not lost.reasons
         fast.answer = SILENCES[silence]
-        assert lost.wait(20)
+        assert lost.came.wait(20)
+    assert lost.reasons == ["the Ray cluster has gone"]
+
+
+class Ends:
+    """Vital processes of which one ends at some look, for whoever looks."""
+
+    looks = 0
+
+    def wait_for_end(self, seconds: float) -> str | None:
+        time.sleep(seconds)
+        Ends.looks -= 1
+        return "raylet" if Ends.looks < 0 else None
+
+    def close(self) -> None: ...
+
+
+def test_a_driver_learns_at_once_that_a_process_of_its_own_ray_has_ended(
+    fast: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one may still answer that all is well."""
+    lost = Losses()
+    monkeypatch.setattr(lifeline_module, "LOST_SECONDS", 600.0)
+    with closing(Lifeline(lost)) as lifeline:
+        monkeypatch.setattr(lifeline_module, "RayVitals", Ends)
+        monkeypatch.setattr(Ends, "looks", 3)
+        lifeline.start()
+        assert lost.came.wait(20)
+    assert lost.reasons == ["Ray has ended, because its raylet was killed or crashed"]
 
 
 def test_an_error_before_the_silence_is_noticed_is_the_clusters_doing(fast: SimpleNamespace) -> None:
-    lost: list[float] = []
-    with closing(Lifeline(lambda: lost.append(time.monotonic()))) as lifeline:
+    lost = Losses()
+    with closing(Lifeline(lost)) as lifeline:
         lifeline.start()
         fast.answer = fail
         lifeline.end_if_broken()
-        assert lost
+        assert lost.reasons
+
+
+def test_an_error_before_the_end_of_a_process_is_noticed_is_its_doing(
+    fast: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Losses()
+    monkeypatch.setattr(lifeline_module, "RayVitals", Ends)
+    monkeypatch.setattr(Ends, "looks", 0)
+    with pytest.raises(RuntimeError), closing(Lifeline(lost)) as lifeline, lifeline.watching():
+        raise RuntimeError("the actor died")
+    assert set(lost.reasons) == {"Ray has ended, because its raylet was killed or crashed"}
 
 
 def test_a_search_that_fails_by_itself_keeps_its_own_error(fast: SimpleNamespace) -> None:
-    lost: list[bool] = []
-    with closing(Lifeline(lambda: lost.append(True))) as lifeline:
+    lost = Losses()
+    with closing(Lifeline(lost)) as lifeline:
         lifeline.end_if_broken()  # before Ray is up
         lifeline.start()
         lifeline.end_if_broken()
-    assert not lost
+    assert not lost.reasons
+
+
+def test_a_driver_that_was_stopped_has_heard_nothing_and_lost_nothing(
+    fast: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a suspended terminal, say: its clock goes on meanwhile, and nobody could answer it."""
+    lost, hand = Losses(), SimpleNamespace(stopped=0.0)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + hand.stopped, sleep=time.sleep)
+    monkeypatch.setattr(lifeline_module, "time", clock)
+    answered = threading.Event()
+
+    def answer_again() -> list[dict[str, Any]]:
+        if hand.stopped:
+            answered.set()
+        return [{"NodeID": "here", "Alive": True}]
+
+    with closing(Lifeline(lost)) as lifeline:
+        lifeline.start()
+        fast.answer = fail
+        time.sleep(0.1)
+        hand.stopped = 3600.0
+        time.sleep(0.1)
+        fast.answer = answer_again
+        assert answered.wait(20)
+        lifeline.end_if_broken()
+        assert not lost.reasons
+        fast.answer = fail
+        assert lost.came.wait(20), "a silence after it counts"
+
+
+def test_storage_has_its_whole_time_where_this_process_was_stopped(clock: SimpleNamespace) -> None:
+    attempts: list[float] = []
+
+    def stop() -> None:
+        clock.now += 3600
+        clock.on_sleep = lambda: None
+
+    def full() -> None:
+        attempts.append(clock.now)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    clock.on_sleep = stop
+    with pytest.raises(StudyError, match="has failed for 120 s"):
+        Patience(lambda text: None).outlast(Path("study"), full)
+    assert len(attempts) > 10
+    assert attempts[-1] - attempts[0] == pytest.approx(3720)
 
 
 def test_the_patience_can_be_set(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

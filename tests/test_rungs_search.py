@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import Tiny
 from optuna.trial import TrialState
-from searches import STUDY, Runs, epochs_of
+from searches import STUDY, Ended, Runs, epochs_of
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -86,13 +86,14 @@ def test_an_actor_that_is_killed_between_two_trials_costs_none_of_them(whole: Ru
     assert Counter(epochs_of(whole.journal())) == {(name, epoch): 1 for name in names for epoch in (1, 2, 3)}
 
 
-# Trials that are stopped and paused; the driver is killed while one is paused
+# Trials that are stopped and paused; Ray's raylet is killed while one is paused
 
 
 @dataclass
 class Decided:
     runs: Runs
-    at_kill: list[dict[str, Any]]  # the journal when the driver was killed
+    at_kill: list[dict[str, Any]]  # the journal when the raylet had been killed
+    ended: Ended
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,22 @@ def decided(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Decided:
     runs = Runs(tmp_path_factory.mktemp("decided"), tiny, before=RULE)
     with runs.driver(*runs.new("--trials", TRIALS, "--epochs", EPOCHS)) as driver:
         driver.until(lambda epochs: ("t0002", 2) in epochs)
-        driver.kill()
+        (raylet,) = (process for process in driver.descendants() if process.name() == "raylet")
+        raylet.kill()
+        ended = driver.wait()
     at_kill = runs.journal()
     runs.finish("--resume", STUDY)
-    return Decided(runs, at_kill)
+    return Decided(runs, at_kill, ended)
+
+
+def test_a_killed_raylet_is_one_sentence_that_says_how_to_go_on(decided: Decided) -> None:
+    assert decided.ended.code == 2
+    (said,) = [line for line in decided.ended.err.splitlines() if line.startswith("tuner: ")]
+    assert said == (
+        "tuner: Ray has ended, because its raylet was killed or crashed; nothing is lost, resume with "
+        f"`tuner search --resume {STUDY} --runs runs`"
+    )
+    assert "Traceback" not in decided.ended.err
 
 
 def test_a_stopped_trial_has_trained_to_its_rung_and_no_step_further(decided: Decided) -> None:
@@ -126,7 +139,7 @@ def test_another_trial_trains_while_one_is_paused(decided: Decided) -> None:
     assert order[:5] == [("t0002", 1), ("t0003", 1), ("t0003", 2), ("t0003", 3), ("t0002", 2)]
 
 
-def test_a_trial_that_was_paused_when_the_driver_was_killed_is_resumed(decided: Decided) -> None:
+def test_a_trial_that_was_paused_when_the_raylet_was_killed_is_resumed(decided: Decided) -> None:
     assert ("t0002", 3) not in epochs_of(decided.at_kill)
     names = [f"t{number:04d}" for number in range(TRIALS)]
     expected = {(name, epoch): 1 for name in names for epoch in ((1,) if name == "t0001" else (1, 2, 3))}
@@ -134,7 +147,7 @@ def test_a_trial_that_was_paused_when_the_driver_was_killed_is_resumed(decided: 
 
 
 def test_a_paused_trial_ends_bit_for_bit_as_if_nothing_had_happened(decided: Decided, whole: Runs) -> None:
-    """It was paused twice, and its driver killed."""
+    """It was paused twice, and its search ended in between."""
     for trial in ("t0002", "t0003", "t0004"):
         told, expected = epochs_of_trial(decided.runs, trial), epochs_of_trial(whole, trial)
         assert [without_times(row) for row in told] == [without_times(row) for row in expected]

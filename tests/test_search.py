@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 import optuna_dashboard
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,6 +26,7 @@ from searches import STUDY, Ended, Runs, epochs_of
 from tuner import cli
 from tuner.config import TrialConfig
 from tuner.encoders.registry import inspect_encoder
+from tuner.leftovers import lives
 from tuner.lora.placement import resolve_placement, trainable_parameters
 from tuner.study.events import EpochDone
 from tuner.study.objectives import choose_objectives
@@ -224,7 +227,14 @@ def test_placement_is_searched_like_anything_else(
         assert evaluated(runs, point, "test", monkeypatch, capsys) == point["test"]
 
 
-# A search whose worker and driver are killed
+# A search whose driver is stopped, and whose worker and driver are killed
+
+LOST_SECONDS = 3.0
+# A Ray that does not answer for this long has gone.
+IMPATIENT = f"""
+from tuner.lanes import lifeline
+lifeline.LOST_SECONDS = {LOST_SECONDS}
+"""
 
 
 @dataclass
@@ -234,27 +244,41 @@ class Killed:
     at_driver: list[dict[str, Any]]  # the journal when the driver was killed
     done: list[int]  # trials that the study had as complete then
     went_on: bool  # whether the search trained on after the worker's death
+    left: list[psutil.Process]  # what Ray had started for the driver
 
 
 @pytest.fixture(scope="module")
 def killed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    """kill -9 of the lane's worker during t0001, kill -9 of the driver's group during t0002, then `--resume`."""
-    runs = Runs(tmp_path_factory.mktemp("killed"), tiny)
+    """The driver is stopped for a while and then continued, kill -9 of the lane's worker during t0001, kill -9 of the
+    driver during t0002, then `--resume`."""
+    runs = Runs(tmp_path_factory.mktemp("killed"), tiny, before=IMPATIENT)
     with runs.driver(*runs.new("--trials", TRIALS, "--epochs", LONG)) as driver:
+        driver.until(lambda epochs: ("t0000", 1) in epochs)
+        driver.process.send_signal(signal.SIGSTOP)
+        time.sleep(2 * LOST_SECONDS)
+        driver.process.send_signal(signal.SIGCONT)
         at_worker = driver.until(lambda epochs: ("t0001", 3) in epochs)
         driver.lane_worker().kill()
         epochs = driver.until(lambda epochs: ("t0002", 3) in epochs)
-        driver.kill()
+        left = driver.descendants()
+        driver.process.kill()
+        driver.process.communicate()
     at_driver = runs.journal()
     done = [trial.number for trial in runs.trials() if trial.state == TrialState.COMPLETE]
     runs.finish("--resume", STUDY)
-    return Killed(runs, at_worker, at_driver, done, len(epochs) > len(at_worker))
+    return Killed(runs, at_worker, at_driver, done, len(epochs) > len(at_worker), left)
 
 
 def test_a_dead_worker_stops_nothing(killed: Killed) -> None:
     assert ("t0001", LONG) not in killed.at_worker, "the worker was killed in the middle of a trial"
     assert killed.went_on
     assert killed.runs.states() == {f"t{n:04d}": "complete" for n in range(TRIALS)}
+
+
+def test_the_next_search_ends_what_a_killed_driver_has_left(killed: Killed) -> None:
+    """Ray's agents would stay for two minutes."""
+    assert {process.pid for process in killed.left}
+    assert not any(lives(process) for process in killed.left)
 
 
 def test_a_resumed_study_ends_like_one_that_was_never_killed(killed: Killed, search: Search) -> None:

@@ -19,9 +19,14 @@ from typing import Any
 import psutil
 
 from tuner.errors import ConfigError
+from tuner.leftovers import end_leftovers, end_own, lives
 from tuner.ray_start import forbid_auto_init, start_patiently
 
+FOLDER_VARIABLE = "RAY_TMPDIR"
 AUTH_MODE, AUTH_TOKEN, AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+# A process of this machine that ends closes its connections. One that only does not answer is stopped (a suspended
+# terminal, a debugger) or waits for its turn; Ray would cut it off after half a minute, and end what it has asked for.
+PATIENT = {f"RAY_{side}_keepalive_time_ms": str(24 * 3600 * 1000) for side in ("grpc", "grpc_client")}
 # For workers to end after their raylet; they take some tenths of a second.
 END_SECONDS = 3.0
 # Paths of sockets may have 107 bytes (macOS: 103). Ray's names in the folder of its own that embedded Rays share:
@@ -40,6 +45,7 @@ def embedded_ray(**options: Any) -> Iterator[Any]:
     named. Who connects needs its token: one that only its own processes know, or with a dashboard, where somebody
     has to type it, the user's. What the user has set in RAY_AUTH_MODE, RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
     RAY_TMPDIR is left as it is. From then on, no call of Ray starts another one (`ray_start.forbid_auto_init`).
+    What a killed process of this user has left running of such a Ray is ended first.
 
     Raises:
         ConfigError: the user's token or Ray's folder cannot be kept from other users.
@@ -49,12 +55,13 @@ def embedded_ray(**options: Any) -> Iterator[Any]:
 
     forbid_auto_init()
     try:
-        with environment(_authentication(bool(options.get("include_dashboard")))):
+        with environment(_authentication(bool(options.get("include_dashboard"))) | PATIENT):
             _read_authentication()
-            named = os.environ.get("RAY_TMPDIR")
-            folder = Path(named or _private_folder()) / "ray"
-            given = options if named else {"_temp_dir": str(folder)} | options
-            context = start_patiently(lambda: _start(given), f"{folder}/session_latest/logs")
+            folder = _ray_folder()
+            if not os.environ.get(FOLDER_VARIABLE):
+                options = {"_temp_dir": str(folder)} | options
+                end_leftovers(folder)
+            context = start_patiently(lambda: _start(options), folder)
         yield context
     finally:
         workers = _workers()
@@ -63,6 +70,13 @@ def embedded_ray(**options: Any) -> Iterator[Any]:
         # Where Ray asks for a token anyway, a thread of its own that ends late would end this process without one.
         if AUTH_MODE not in os.environ:
             _read_authentication()
+
+
+def abandon_ray() -> None:
+    """End what runs of this process's own Ray, which cannot end it any more because a server has gone, or does not
+    answer."""
+    with suppress(ConfigError):
+        end_own(_ray_folder())
 
 
 def _workers() -> list[psutil.Process]:
@@ -79,18 +93,11 @@ def _see_off(workers: list[psutil.Process]) -> None:
     """Wait until they have ended, which they do when their raylet has, and end those that hang in doing so: now and
     then one would stay for good, with the 200 MB of its imports."""
     deadline = time.monotonic() + END_SECONDS
-    while (left := [worker for worker in workers if _runs(worker)]) and time.monotonic() < deadline:
+    while (left := [worker for worker in workers if lives(worker)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     for worker in left:
         with suppress(psutil.Error):
             worker.kill()
-
-
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        # A container's first process may be one that never looks after its orphans.
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def asks_for_token() -> bool:
@@ -111,6 +118,11 @@ def _authentication(dashboard: bool) -> dict[str, str]:
             return {AUTH_MODE: "token", AUTH_TOKEN: secrets.token_hex(32)}
         _keep_private(Path.home() / TOKEN_FILE)
     return {AUTH_MODE: "token"}
+
+
+def _ray_folder() -> Path:
+    """Where Ray keeps its sessions: below the folder that the user has named, or else below one of our own."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or _private_folder()) / "ray"
 
 
 def _private_folder() -> Path:

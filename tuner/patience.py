@@ -64,7 +64,10 @@ class Wait:
     def pause(self) -> None:
         """Sleep until the next attempt, which may be the last."""
         self.paused = True
-        time.sleep(max(0.0, min(self._next, self.seconds - self.elapsed)))
+        pause, before = max(0.0, min(self._next, self.seconds - self.elapsed)), time.monotonic()
+        time.sleep(pause)
+        # Where this process was stopped meanwhile, nobody was asked.
+        self._started += max(0.0, time.monotonic() - before - pause)
         self._next = min(2 * self._next, LONGEST_PAUSE_SECONDS)
 
 

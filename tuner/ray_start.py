@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 import psutil
 
 from tuner.errors import ClusterError, first_line
+from tuner.leftovers import end_own
 
 # Ray reads the first when it is imported; Ray Tune has a switch of its own.
 NO_AUTO_INIT = {"RAY_ENABLE_AUTO_CONNECT": "0", "TUNE_DISABLE_AUTO_INIT": "1"}
@@ -34,24 +35,24 @@ def forbid_auto_init() -> None:
     auto_init_hook.enable_auto_connect = False
 
 
-def start_patiently(start: Callable[[], Context], logs: str) -> Context:
+def start_patiently(start: Callable[[], Context], folder: Path) -> Context:
     """Start Ray; once more where Ray itself gave up waiting: it does so after 30 s, which a busy machine may need.
 
     Args:
         start: calls `ray.init`.
-        logs: folder of Ray's logs, for the sentence.
+        folder: where Ray keeps its sessions.
 
     Raises:
         ClusterError: Ray did not start, for any reason; nothing that it had started is left.
     """
     for retried in (False, True):
         try:
-            with _leaving_nothing(), held_stderr("success"):
+            with _leaving_nothing(folder), held_stderr("success"):
                 return start()
         except Exception as error:
             lasting = isinstance(error, LASTING) and not isinstance(error, PASSING)
             if lasting or retried:
-                raise ClusterError(_sentence(error, retried, logs)) from error
+                raise ClusterError(_sentence(error, retried, f"{folder}/session_latest/logs")) from error
     raise AssertionError
 
 
@@ -73,7 +74,7 @@ def short_reason(error: Exception) -> str:
 
 
 @contextmanager
-def _leaving_nothing() -> Iterator[None]:
+def _leaving_nothing(folder: Path) -> Iterator[None]:
     """End what Ray has started if the block fails, an interrupt included: Ray would leave it until this process ends,
     and then to its agents to find out."""
     before = _ray_children()
@@ -89,6 +90,8 @@ def _leaving_nothing() -> Iterator[None]:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=5)
+        # What a raylet had started that has ended in between.
+        end_own(folder)
         raise
 
 

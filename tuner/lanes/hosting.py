@@ -57,7 +57,15 @@ def host_lane(config: LaneConfig, embedded: bool) -> None:
         # Otherwise the trials of this lane would wait for ever. When the cluster itself has gone, nobody waits.
         with suppress(ray.exceptions.RayError, ValueError):
             coordinator = ray.get_actor(config.coordinator)
-            ray.get(coordinator.fatal.remote(f"{config.lane} ended: {' '.join(str(error).split())[:300]}"))
+            ray.get(coordinator.fatal.remote(f"{config.lane} ended: {_reason(config, error)}"))
+
+
+def _reason(config: LaneConfig, error: Exception) -> str:
+    if isinstance(error, ray.exceptions.RayActorError):
+        # Of all actors, this waits for the controller alone.
+        again = f"tuner search --resume {config.study} --runs {Path(config.run_dir).parent}"
+        return f"its Train controller was killed or crashed; nothing is lost, resume with `{again}`"
+    return " ".join(str(error).split())[:300]
 
 
 @dataclass

@@ -71,15 +71,15 @@ def run_search(
     request: SearchRequest,
     view: View,
     resume: bool = False,
-    lost: Callable[[], None] | None = None,
+    lost: Callable[[str], None] | None = None,
     lease: HeadLease | None = None,
     stopping: StoppingRule | None = None,
 ) -> ConfirmedFront:
     """Run or resume a study, and write its front and report.
 
     Args:
-        lost: called on a thread when the cluster is gone, to end a process that would wait for it; None: Ray ends the
-            process after a minute.
+        lost: called with the reason, on a thread, when Ray is gone, to end a process that would wait for it; None: Ray
+            ends the process after a minute.
         lease: on the study in its storage, held while this runs; None: other heads are not checked for.
         stopping: which trials stop or pause before their last epoch; None: the study's own rule.
 

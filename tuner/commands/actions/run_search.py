@@ -19,6 +19,7 @@ from tuner.data.cache import cache_root
 from tuner.data.store import Store
 from tuner.errors import ConfigError
 from tuner.lanes.fleet import FleetOptions
+from tuner.loopback import abandon_ray
 from tuner.places import exists, is_folder
 from tuner.ray_cluster import cluster_address
 from tuner.report.answer import headline
@@ -293,18 +294,22 @@ def _run(
     """
     again = f"tuner search --resume {folder.name} --runs {folder.path.parent}"
     again += f" --address {driver.address}" if driver.address else ""
-    view = driver.view
+    view, joined = driver.view, cluster_address(driver.address) is not None
 
     def end(sentence: str) -> None:
         view.close()
         say(f"tuner: {sentence}")
-        # No exception reaches calls that wait for a cluster, and lanes of ours must not upload any more.
+        if not joined:
+            abandon_ray()
+        # No exception reaches calls that wait for Ray, and lanes of ours must not upload any more.
         os._exit(LOST)
 
-    gone = f"the Ray cluster has gone; nothing is lost, bring it up and resume with `{again}`"
+    def lost(reason: str) -> None:
+        end(f"{reason}; nothing is lost, {'bring it up and ' if joined else ''}resume with `{again}`")
+
     try:
         with only_head(folder.name, storage, say, superseded=end) as lease:
-            front = run_search(prepare(), view, resume, lambda: end(gone), lease)
+            front = run_search(prepare(), view, resume, lost, lease)
     except KeyboardInterrupt:
         # Printed here: Typer turns the interrupt itself into a silent exit.
         say(f"tuner: interrupted; nothing is lost, resume with `{again}`")
