@@ -13,6 +13,7 @@ from tuner.commands.actions.dry_run import dry_run
 from tuner.commands.actions.jobs import Submitted, submit_search
 from tuner.commands.actions.stores import choose_path, encoder_of, find_store, place_of
 from tuner.commands.console import INTERRUPTED, say
+from tuner.commands.last_words import LastWords
 from tuner.commands.options import DataChoice, Typed, study_folder
 from tuner.config import RunSettings
 from tuner.data.cache import cache_root
@@ -295,9 +296,11 @@ def _run(
     again = f"tuner search --resume {folder.name} --runs {folder.path.parent}"
     again += f" --address {driver.address}" if driver.address else ""
     view, joined = driver.view, cluster_address(driver.address) is not None
+    words = LastWords(f"tuner: the search was ended from outside; nothing is lost, resume with `{again}`")
 
     def end(sentence: str) -> None:
         view.close()
+        words.goodbye()
         say(f"tuner: {sentence}")
         if not joined:
             abandon_ray()
@@ -314,6 +317,8 @@ def _run(
         # Printed here: Typer turns the interrupt itself into a silent exit.
         say(f"tuner: interrupted; nothing is lost, resume with `{again}`")
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        words.goodbye()
     say(_summary(front, folder))
 
 
