@@ -6,13 +6,14 @@ INSTALLED := $(VENV)/.installed
 PROMETHEUS := $(VENV)/prometheus
 
 .DEFAULT_GOAL := help
-.PHONY: help install search test ssh prometheus check bench lock clean
+.PHONY: help install search test ssh prometheus check bench mutants lock clean
 
 help:
 	@echo "make search   search LoRA configurations on the demo (real speech, on this machine)"
 	@echo "make test     run all tests"
 	@echo "make check    check formatting, lint, types and import layers"
 	@echo "make bench    compare the speed with Ray Tune and PEFT as documented"
+	@echo "make mutants  plant small faults in the code and count those that a test notices (hours)"
 	@echo "make lock     resolve the dependencies again"
 	@echo "make clean    remove the virtual environment and build files"
 
@@ -57,6 +58,9 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.search_speed
+
+mutants: install
+	$(BIN)/python -m benchmarks.mutants
 
 lock:
 	$(BIN)/python -m pip install --quiet uv
