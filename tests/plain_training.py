@@ -199,8 +199,8 @@ def clip_gradients(values: list[Tensor], limit: float) -> float:
     """Scale all gradients of the adapter together to a global norm of at most `limit`; returns the norm before."""
     gradients = [value.grad for value in values if value.grad is not None]
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
-    for gradient in gradients:
-        gradient.mul_(min(1.0, limit / norm))
+    for gradient in gradients if norm > limit else []:
+        gradient.mul_(limit / norm)
     return norm
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import numpy as np
 import plain_training
 import pytest
 import torch
-from conftest import Tiny
+from conftest import CAPTIONS, Tiny
 from plain_training import Clips, Outcome, Recipe
 from transformers import WhisperModel
 
@@ -20,8 +21,8 @@ from tuner.train.pack import Pack, PackContext
 
 LAYERS = r"layers\.[12]\.(self_attn\.q_proj|self_attn\.v_proj|fc1)"
 RECIPES = {
-    # The temperature rises to its limit and stays there.
-    "clamped": Recipe(LAYERS, temperature=0.011, head_lr=0.1, max_grad_norm=2.0, seed=3),
+    # Colder than a configuration may be, so that the first step leaves it beyond the limit.
+    "clamped": Recipe(LAYERS, temperature=0.005, head_lr=1e-2, max_grad_norm=2.0, seed=3),
     "clipped": Recipe(LAYERS, max_grad_norm=0.05, lora_lr=3e-2, seed=5, data_seed=1),
     "siglip": Recipe(LAYERS, kind="siglip", hidden=16, alpha=2.0, seed=1),
     "projection": Recipe(None, learn_temperature=False, weight_decay=0.1),
@@ -47,6 +48,7 @@ def config_of(recipe: Recipe) -> TrialConfig:
     lora = LoraSpec(
         rank=recipe.rank, alpha_ratio=recipe.alpha / recipe.rank, targets=("q_proj", "v_proj", "fc1"), first_layer=1
     )
+    loss = LossSpec(kind=recipe.kind, learn_temperature=recipe.learn_temperature)
     return TrialConfig(
         lora=lora if recipe.modules else None,
         head=HeadSpec(kind="mlp", hidden=recipe.hidden) if recipe.hidden else HeadSpec(),
@@ -57,7 +59,7 @@ def config_of(recipe: Recipe) -> TrialConfig:
             warmup_fraction=recipe.warmup_fraction,
             max_grad_norm=recipe.max_grad_norm,
         ),
-        loss=LossSpec(kind=recipe.kind, temperature=recipe.temperature, learn_temperature=recipe.learn_temperature),
+        loss=loss.model_copy(update={"temperature": recipe.temperature}),
         seed=recipe.seed,
     )
 
@@ -69,17 +71,20 @@ def expected(tiny: Tiny) -> dict[str, Outcome]:
     return {name: plain_training.train(tower, clips, recipe) for name, recipe in RECIPES.items()}
 
 
-def test_the_plain_loop_is_independent() -> None:
-    """And each recipe shows what it is there for, so that the comparison means something."""
-    assert "import tuner" not in (source := Path(plain_training.__file__).read_text(encoding="utf-8"))
-    assert "from tuner" not in source
+def test_the_plain_loop_imports_nothing_of_tuner() -> None:
+    tree = ast.parse(Path(plain_training.__file__).read_text(encoding="utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in names if name.startswith(("tuner", "conftest", "benchmarks"))]
 
 
-def test_the_recipes_reach_what_they_are_for(expected: dict[str, Outcome]) -> None:
-    assert 3 < expected["clamped"].clamped < len(expected["clamped"].factors)
-    assert expected["clamped"].scales[-1] == pytest.approx(100)
-    assert all(norm > 0.05 for norm in expected["clipped"].norms)
-    assert sum(norm > 0.2 for norm in expected["siglip"].norms) > 0
+def test_each_recipe_shows_what_it_is_for(expected: dict[str, Outcome]) -> None:
+    """Else the comparison would say nothing about the clamp or the clipping."""
+    assert expected["clamped"].clamped > 0
+    assert min(expected["clipped"].norms) > RECIPES["clipped"].max_grad_norm
+    drawn = {caption for _, captions in expected["siglip"].batches for caption in captions}
+    assert drawn == set(range(CAPTIONS + 1)), "first and second captions"
+    assert all(outcome.losses[-1] < outcome.losses[0] for outcome in expected.values())
 
 
 @pytest.mark.parametrize("name", RECIPES)
