@@ -14,6 +14,7 @@ import argparse
 import ast
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -21,10 +22,11 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import typer
@@ -33,12 +35,22 @@ from benchmarks.mutations import Mutation, mutations_of
 from benchmarks.table import show
 from benchmarks.traced import Tracer
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/mutants"
 RESULTS = ROOT / "build/mutants.jsonl"
 ROOMS = ("tuner/train", "tuner/lora", "tuner/study", "tuner/search/stopping.py", "tuner/data/splits.py")
 KILLED, TIMEOUT, SURVIVED, NOT_RUN = "killed", "timeout", "survived", "no test runs it"
+BROKEN = 70  # exit status of a forked process that raised
+SLOW_IMPORTS = ("ray.", "searches.", "benchmarks.")
 FIRST_TESTS = 12  # tried before the others
+MOST_SECONDS = 60.0  # of tests for one change, by their traced times
+SLOWEST_FILE = 1800.0
+# Imported once, before anything is forked.
+HEAVY = [
+    "torch", "transformers.models.whisper.modeling_whisper", "peft.tuners.lora", "optuna", "pyarrow.parquet",
+    "hypothesis", "moocore", "soundfile", "pydantic", "safetensors.torch",
+]  # fmt: skip
 SKIPPED = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__")
 
 
@@ -50,7 +62,7 @@ def modules_of(room: str) -> list[str]:
 
 
 def files_of_tests(rooms: Sequence[str]) -> list[str]:
-    """Test files that import from the rooms, without those that start Ray or may take minutes."""
+    """Test files that import from the rooms, without those that start Ray, may take minutes or are of benchmarks."""
     wanted = tuple(room.removesuffix(".py").replace("/", ".") + "." for room in rooms)
     found = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
@@ -58,32 +70,35 @@ def files_of_tests(rooms: Sequence[str]) -> list[str]:
         nodes = list(ast.walk(ast.parse(text)))
         names = {f"{n.module}.{a.name}." for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names}
         names |= {f"{a.name}." for n in nodes if isinstance(n, ast.Import) for a in n.names}
-        slow = "mark.timeout" in text or any(name.startswith(("ray.", "searches.")) for name in names)
+        slow = "mark.timeout" in text or any(name.startswith(SLOW_IMPORTS) for name in names)
         if not slow and any(name.startswith(wanted) for name in names):
             found.append(str(path.relative_to(ROOT)))
     return found
 
 
-def trace(rooms: Sequence[str], folder: Path) -> dict[str, Any]:
-    """What `Tracer` wrote about the rooms' tests, by running them unless these very files have run before."""
-    files, modules = files_of_tests(rooms), [module for room in rooms for module in modules_of(room)]
-    digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in [*files, *modules])).hexdigest()
-    path = BUILD / f"trace-{digest[:16]}.json"
-    if not path.exists():
-        typer.echo(f"{len(files)} test files run once to learn which lines each test runs")
-        forked(lambda: _trace(folder, files, modules, path), 3600)
-        assert path.exists(), f"the tests could not run; see {BUILD}"
-    traced: dict[str, Any] = json.loads(path.read_text())
-    if traced["unusable"]:
-        typer.echo(f"not used, since they fail here, are skipped or slow: {' '.join(traced['unusable'])}")
-    return traced
+def trace(files: Sequence[str], modules: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """Tests by name with their lines; a test file runs only if it or a module has changed since the last time."""
+    content = b"".join((ROOT / name).read_bytes() for name in modules)
+    digests = {file: hashlib.sha256((ROOT / file).read_bytes() + content).hexdigest()[:16] for file in files}
+    paths = {file: BUILD / f"trace-{digest}.json" for file, digest in digests.items()}
+    new = [file for file in files if not paths[file].exists()]
+    typer.echo(f"{len(files)} test files; {len(new)} run once to learn which lines each test runs")
+    spread(new, folders, lambda file, folder: _trace_file(file, modules, folder, paths[file]))
+    traced = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
+    unusable = [name for each in traced for name in each["unusable"]]
+    unusable += [file for file, path in paths.items() if not path.exists()]
+    typer.echo(f"not used, since they fail here, are skipped or slow: {' '.join(unusable) or 'none'}")
+    return {name: test for each in traced for name, test in each["tests"].items()}
 
 
-def _trace(folder: Path, files: Sequence[str], modules: Sequence[str], path: Path) -> int:
-    tracer = Tracer(folder, modules)
-    code = _pytest(folder, files, tracer)
-    tracer.write(path)
-    return code
+def _trace_file(file: str, modules: Sequence[str], folder: Path, path: Path) -> None:
+    def run() -> int:
+        tracer = Tracer(folder, modules)
+        code = _pytest(folder, [file], tracer)
+        tracer.write(path)
+        return code
+
+    forked(run, SLOWEST_FILE)
 
 
 def _pytest(folder: Path, arguments: Sequence[str], *plugins: object) -> int:
@@ -94,7 +109,9 @@ def _pytest(folder: Path, arguments: Sequence[str], *plugins: object) -> int:
     log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=list(plugins)))
+    # Plugins are imported here before pytest looks for them.
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    return int(pytest.main([*options, *arguments], plugins=list(plugins)))
 
 
 def _try(folder: Path, tests: Sequence[str]) -> int:
@@ -108,10 +125,12 @@ def forked(work: Callable[[], int], seconds: float) -> int | None:
     """Exit status of a function in a process group of its own; None if it took longer and was killed."""
     child = os.fork()
     if child == 0:
-        status = 70
-        with suppress(BaseException):
+        status = BROKEN
+        try:
             os.setsid()
             status = work()
+        except BaseException:
+            traceback.print_exc()
         os._exit(status)
     deadline = time.monotonic() + seconds
     try:
@@ -129,10 +148,12 @@ def forked(work: Callable[[], int], seconds: float) -> int | None:
 
 
 def tests_of(mutation: Mutation, tests: dict[str, Any]) -> list[str]:
-    """Tests that may notice a change, fastest first."""
+    """Tests that may notice a change, fastest first, as many as `MOST_SECONDS` allow."""
     here = {name: set(test["lines"].get(mutation.module, ())) for name, test in tests.items()}
     seeing = [name for name, lines in here.items() if lines & set(mutation.lines) or (lines and mutation.at_import)]
-    return sorted(seeing, key=lambda name: (tests[name]["seconds"], name))
+    seeing.sort(key=lambda name: (tests[name]["seconds"], name))
+    spent = itertools.accumulate(tests[name]["seconds"] for name in seeing)
+    return [name for name, seconds in zip(seeing, spent, strict=True) if seconds <= MOST_SECONDS] or seeing[:1]
 
 
 def judge(mutation: Mutation, tests: dict[str, Any], folder: Path) -> str:
@@ -144,6 +165,7 @@ def judge(mutation: Mutation, tests: dict[str, Any], folder: Path) -> str:
         for part in filter(None, (names[:FIRST_TESTS], names[FIRST_TESTS:])):
             seconds = 30 + 5 * sum(tests[name]["seconds"] for name in part)
             status = forked(lambda part=part: _try(folder, part), seconds)  # type: ignore[misc]
+            assert status != BROKEN, f"see {folder}.log"
             if status != 0:
                 return TIMEOUT if status is None else KILLED
     finally:
@@ -152,16 +174,30 @@ def judge(mutation: Mutation, tests: dict[str, Any], folder: Path) -> str:
     return SURVIVED if names else NOT_RUN
 
 
-def work(mutations: Sequence[Mutation], tests: dict[str, Any], folder: Path) -> int:
-    """Judge changes one after another; each becomes a line of the results."""
-    for mutation in mutations:
-        start = time.monotonic()
-        line: dict[str, Any] = {"key": mutation.key, "verdict": judge(mutation, tests, folder)}
-        line |= {"module": mutation.module, "line": mutation.line, "before": mutation.before, "after": mutation.after}
-        line["seconds"] = round(time.monotonic() - start, 1)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    return 0
+def spread(items: Sequence[T], folders: Sequence[Path], work: Callable[[T, Path], None]) -> None:
+    """Work on items in as many processes as there are copies."""
+    children = []
+    for job, folder in enumerate(folders):
+        if (child := os.fork()) == 0:
+            try:
+                for item in items[job :: len(folders)]:
+                    work(item, folder)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def record(mutation: Mutation, tests: dict[str, Any], folder: Path) -> None:
+    """Judge a change and add a line to the results."""
+    start = time.monotonic()
+    line: dict[str, Any] = {"key": mutation.key, "verdict": judge(mutation, tests, folder)}
+    line |= {"module": mutation.module, "line": mutation.line, "before": mutation.before, "after": mutation.after}
+    line["seconds"] = round(time.monotonic() - start, 1)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def read_results() -> dict[str, str]:
@@ -205,27 +241,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="changes that are tried at once")
     parser.add_argument("--again", action="store_true", help="try survivors again")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     folders = [BUILD / f"copy-{job}" for job in range(options.jobs)]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(ROOT, folder, ignore=SKIPPED)
-    traced = trace(options.rooms, folders[0])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in HEAVY:
+        importlib.import_module(name)
     sources = {name: (ROOT / name).read_bytes() for room in options.rooms for name in modules_of(room)}
+    tests = trace(files_of_tests(options.rooms), list(sources), folders)
     every = [mutation for name, source in sources.items() for mutation in mutations_of(name, source)]
     chosen = random.Random(options.seed).sample(every, min(options.sample or len(every), len(every)))
     left = left_of(chosen, options.again)
-    typer.echo(f"{len(every)} changes, {len(chosen)} drawn, {len(left)} to try with {len(traced['tests'])} tests")
-    for name in traced["imported"]:
-        with suppress(BaseException):
-            importlib.import_module(name)
-    workers = []
-    for job, folder in enumerate(folders):
-        if (child := os.fork()) == 0:
-            os._exit(work(left[job :: options.jobs], traced["tests"], folder))
-        workers.append(child)
-    for child in workers:
-        os.waitpid(child, 0)
+    typer.echo(f"{len(every)} changes, {len(chosen)} drawn, {len(left)} to try with {len(tests)} tests")
+    spread(left, folders, lambda mutation, folder: record(mutation, tests, folder))
     report(options.rooms, chosen)
 
 

@@ -48,16 +48,15 @@ class Tracer:
             self._unusable.add(report.nodeid)
 
     def write(self, path: Path) -> None:
-        """Write the lines of each fast test that passed, and the modules of others that the tests have imported."""
-        tests = {}
-        for test in sorted(self._seconds.keys() - self._unusable):
-            lines: dict[str, list[int]] = defaultdict(list)
-            for module, line in sorted(self._lines[test] | self._lines[_file_of(test)]):
-                lines[module].append(line)
-            tests[test] = {"seconds": self._seconds[test], "lines": lines}
-        origins = {name: str(getattr(module, "__file__", "")) for name, module in list(sys.modules.items())}
-        imported = [name for name, origin in origins.items() if "site-packages" in origin]
-        path.write_text(json.dumps({"tests": tests, "unusable": sorted(self._unusable), "imported": imported}))
+        """Write the lines of each fast test that passed, and the names of the other tests."""
+        tests = {test: self._lines_of(test) for test in sorted(self._seconds.keys() - self._unusable)}
+        path.write_text(json.dumps({"tests": tests, "unusable": sorted(self._unusable)}))
+
+    def _lines_of(self, test: str) -> dict[str, Any]:
+        lines: dict[str, list[int]] = defaultdict(list)
+        for module, line in sorted(self._lines[test] | self._lines[_file_of(test)]):
+            lines[module].append(line)
+        return {"seconds": self._seconds[test], "lines": lines}
 
     def _watch(self, key: str) -> Iterator[None]:
         self._hit = self._lines[key]
@@ -65,7 +64,7 @@ class Tracer:
         sys.settrace(self._trace)
         yield
         sys.settrace(None)
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
         module = self._names.get(frame.f_code.co_filename)

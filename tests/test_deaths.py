@@ -253,6 +253,13 @@ def test_a_death_is_blamed_only_if_all_its_nodes_are_still_there() -> None:
     assert deaths.suspect(["t0"]) == "t0"
 
 
+def test_a_lane_that_finishes_something_is_cleared_of_its_own_deaths() -> None:
+    deaths = Deaths()
+    for _ in range(2 * STARTS_PER_LANE):
+        assert deaths.died("lane", frozenset("a"), [], None, None).lane is None
+        deaths.forget_lane("lane")
+
+
 def test_a_lane_that_finishes_something_is_cleared_of_the_trials_that_died_on_it() -> None:
     deaths = Deaths()
     for number in range(2 * TRIALS_PER_LANE):

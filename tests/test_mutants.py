@@ -75,7 +75,7 @@ def test_verdicts_and_a_file_that_is_as_before(tmp_path: Path) -> None:
     (folder / "sized.py").write_bytes(SOURCE)
     (folder / "test_sized.py").write_text(textwrap.dedent(TEST))
     path = tmp_path / "trace.json"
-    assert mutants.forked(lambda: mutants._trace(folder, ["test_sized.py"], ["sized.py"], path), 60) == 0
+    mutants._trace_file("test_sized.py", ["sized.py"], folder, path)
     tests = json.loads(path.read_text())["tests"]
     assert set(tests) == {"test_sized.py::test_clamp"}
     assert {8, 9, 11} <= set(tests["test_sized.py::test_clamp"]["lines"]["sized.py"])
@@ -104,9 +104,11 @@ def test_only_changes_without_a_verdict_are_tried(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(mutants, "judge", lambda change, tests, folder: mutants.KILLED)
     changes = mutations_of("sized.py", SOURCE)
     assert mutants.read_results() == {}
-    mutants.work(changes[:3], {}, tmp_path)
+    for change in changes[:3]:
+        mutants.record(change, {}, tmp_path)
     monkeypatch.setattr(mutants, "judge", lambda change, tests, folder: mutants.SURVIVED)
-    mutants.work(changes[2:4], {}, tmp_path)
+    for change in changes[2:4]:
+        mutants.record(change, {}, tmp_path)
     known = mutants.read_results()
     assert [known[change.key] for change in changes[:4]] == ["killed", "killed", "survived", "survived"]
     assert mutants.left_of(changes, again=False) == changes[4:]

@@ -22,8 +22,8 @@ from tuner.train.pack import Pack, PackContext
 LAYERS = r"layers\.[12]\.(self_attn\.q_proj|self_attn\.v_proj|fc1)"
 RECIPES = {
     # Colder than a configuration may be, so that the first step leaves it beyond the limit.
-    "clamped": Recipe(LAYERS, temperature=0.005, head_lr=1e-2, max_grad_norm=2.0, seed=3),
-    "clipped": Recipe(LAYERS, max_grad_norm=0.05, lora_lr=3e-2, seed=5, data_seed=1),
+    "clamped": Recipe(LAYERS, temperature=0.005, lora_lr=2e-2, head_lr=1e-2, max_grad_norm=2.0, seed=3),
+    "clipped": Recipe(LAYERS, max_grad_norm=0.05, lora_lr=2e-2, seed=5, data_seed=1),
     "siglip": Recipe(LAYERS, kind="siglip", hidden=16, alpha=2.0, seed=1),
     "projection": Recipe(None, learn_temperature=False, weight_decay=0.1),
 }
