@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -114,7 +115,9 @@ def _pytest(folder: Path, arguments: Sequence[str], *plugins: object) -> int:
     return int(pytest.main([*options, *arguments], plugins=list(plugins)))
 
 
-def _try(folder: Path, tests: Sequence[str]) -> int:
+def _try(folder: Path, tests: Sequence[str], seconds: int) -> int:
+    # Of the processor: a busy machine must not look like a loop without an end.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     # A changed module may have the time and the size of the one before: bytecode would hide the change.
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -163,11 +166,11 @@ def judge(mutation: Mutation, tests: dict[str, Any], folder: Path) -> str:
     path.write_bytes(mutation.apply(source))
     try:
         for part in filter(None, (names[:FIRST_TESTS], names[FIRST_TESTS:])):
-            seconds = 30 + 5 * sum(tests[name]["seconds"] for name in part)
-            status = forked(lambda part=part: _try(folder, part), seconds)  # type: ignore[misc]
+            seconds = 30 + round(5 * sum(tests[name]["seconds"] for name in part))
+            status = forked(lambda part=part, seconds=seconds: _try(folder, part, seconds), SLOWEST_FILE)  # type: ignore[misc]
             assert status != BROKEN, f"see {folder}.log"
             if status != 0:
-                return TIMEOUT if status is None else KILLED
+                return TIMEOUT if status in (None, -signal.SIGXCPU) else KILLED
     finally:
         path.write_bytes(source)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

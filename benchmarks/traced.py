@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ SLOWEST_TEST = 10.0
 
 
 class Tracer:
-    """Records lines while tests run. What the setup of a test runs counts for all tests of its file.
+    """Records lines while tests run. What the setup of a test runs counts for all tests of its file. Times are of the
+    processor, so that a busy machine changes nothing.
 
     Args:
         root: folder of the repository that is tested.
@@ -34,17 +36,18 @@ class Tracer:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
         """Record for the file."""
-        yield from self._watch(_file_of(item.nodeid))
+        yield from self._watch(_file_of(item.nodeid), item.nodeid)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         """Record for the test."""
-        yield from self._watch(item.nodeid)
+        yield from self._watch(item.nodeid, item.nodeid)
+        if self._seconds[item.nodeid] > SLOWEST_TEST:
+            self._unusable.add(item.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note time and outcome."""
-        self._seconds[report.nodeid] += report.duration
-        if report.outcome != "passed" or report.duration > SLOWEST_TEST:
+        """Note the outcome."""
+        if report.outcome != "passed":
             self._unusable.add(report.nodeid)
 
     def write(self, path: Path) -> None:
@@ -58,13 +61,14 @@ class Tracer:
             lines[module].append(line)
         return {"seconds": self._seconds[test], "lines": lines}
 
-    def _watch(self, key: str) -> Iterator[None]:
-        self._hit = self._lines[key]
+    def _watch(self, key: str, test: str) -> Iterator[None]:
+        self._hit, started = self._lines[key], time.process_time()
         threading.settrace(self._trace)
         sys.settrace(self._trace)
         yield
         sys.settrace(None)
         threading.settrace(None)
+        self._seconds[test] += time.process_time() - started
 
     def _trace(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
         module = self._names.get(frame.f_code.co_filename)

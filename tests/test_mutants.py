@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import textwrap
 import time
 from pathlib import Path
@@ -68,8 +69,9 @@ def test_a_change_is_one_place_of_the_file_and_has_its_own_key() -> None:
     assert limit.at_import and not changes[-1].at_import
 
 
-def test_verdicts_and_a_file_that_is_as_before(tmp_path: Path) -> None:
+def test_verdicts_and_a_file_that_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test sees the sign of the result, not what is printed; it does not run `never`."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the forked runs start in a fraction of the time
     folder = tmp_path / "copy-0"
     folder.mkdir()
     (folder / "sized.py").write_bytes(SOURCE)
@@ -96,6 +98,15 @@ def test_what_takes_too_long_is_ended() -> None:
     assert mutants.forked(lambda: time.sleep(60) or 0, 0.3) is None  # type: ignore[func-returns-value]
     assert mutants.forked(lambda: 3, 10) == 3
     assert time.monotonic() - started < 10
+
+
+def test_a_change_that_never_ends_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processor's time, which a busy machine does not stretch."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/test_loop.py").write_text("def test_loop():\n    while True:\n        pass\n")
+    status = mutants.forked(lambda: mutants._try(tmp_path / "loop", ["test_loop.py"], 1), 60)
+    assert status == -signal.SIGXCPU
 
 
 def test_only_changes_without_a_verdict_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
