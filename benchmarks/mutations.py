@@ -1,7 +1,8 @@
 """Small faults to plant in a module: comparisons, arithmetic, conditions, constants, returns and lost calls.
 
 Not planted: sentences (strings with a space, f-strings, what is raised), annotations, decorators, docstrings,
-assertions and descriptions of fields. A fault that no test could see makes the score of `mutants.py` mean less.
+assertions, `strict=True` of a zip, and descriptions of fields. A fault that no test could see makes the score of
+`mutants.py` mean less.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class _Finder(ast.NodeVisitor):
             inside = name == "body" and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             self._depth += inside
             for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST) and not (isinstance(child, ast.keyword) and child.arg == "description"):
+                if isinstance(child, ast.AST) and not (
+                    isinstance(child, ast.keyword) and child.arg in ("description", "strict")
+                ):
                     self.visit(child)
             self._depth -= inside
 
