@@ -125,8 +125,9 @@ def start(tower: Any, width: int, recipe: Recipe) -> tuple[list[Tensor], nn.Modu
     lora: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        for layer in tower.modules():
-            if isinstance(layer, LoraLayer):
+        for module in tower.modules():
+            if isinstance(module, LoraLayer):
+                layer: Any = module
                 a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 nn.init.zeros_(b)
@@ -170,8 +171,9 @@ def embed(tower: Any, head: nn.Module, clips: Clips, clip: int) -> Tensor:
     hidden = hidden + tower.embed_positions.weight[:tokens]
     for layer in tower.layers:
         hidden = layer(hidden, None)
-    embedded: Tensor = head(tower.layer_norm(hidden)[0].mean(dim=0))
-    return embedded / embedded.norm()
+    embedded = head(tower.layer_norm(hidden)[0].mean(dim=0))
+    unit: Tensor = embedded / embedded.norm()
+    return unit
 
 
 def info_nce(logits_BB: Tensor, owned: list[list[int]], captions: list[int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plain_training
@@ -66,7 +67,8 @@ def config_of(recipe: Recipe) -> TrialConfig:
 
 @pytest.fixture(scope="module")
 def expected(tiny: Tiny) -> dict[str, Outcome]:
-    tower = WhisperModel.from_pretrained(tiny.encoder.source, attn_implementation="eager").encoder.eval()
+    model: Any = WhisperModel.from_pretrained(tiny.encoder.source, attn_implementation="eager")
+    tower = model.encoder.eval()
     clips = plain_clips(tiny)
     return {name: plain_training.train(tower, clips, recipe) for name, recipe in RECIPES.items()}
 
