@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PROMETHEUS := $(VENV)/prometheus
 
 .DEFAULT_GOAL := help
-.PHONY: help install search test ssh prometheus fuzz check bench lock clean
+.PHONY: help install search test ssh prometheus fuzz check bench mutants lock clean
 
 help:
 	@echo "make search   search LoRA configurations on the demo (real speech, on this machine)"
@@ -14,6 +14,7 @@ help:
 	@echo "make fuzz     try 1,000 made-up inputs of each kind; make fuzz FUZZ=100 for fewer"
 	@echo "make check    check formatting, lint, types and import layers"
 	@echo "make bench    compare the speed with Ray Tune and PEFT as documented"
+	@echo "make mutants  plant small faults in the code and count those that a test notices (hours)"
 	@echo "make lock     resolve the dependencies again"
 	@echo "make clean    remove the virtual environment and build files"
 
@@ -64,6 +65,9 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.search_speed
+
+mutants: install
+	$(BIN)/python -m benchmarks.mutants
 
 lock:
 	$(BIN)/python -m pip install --quiet uv

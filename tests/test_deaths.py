@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 
 from tuner.config import TrialConfig
 from tuner.lanes.coordinator import Coordinator
-from tuner.lanes.deaths import DEATHS_PER_TRIAL, STARTS_PER_LANE, TRIALS_PER_LANE
+from tuner.lanes.deaths import DEATHS_PER_TRIAL, STARTS_PER_LANE, TRIALS_PER_LANE, Deaths
+from tuner.lanes.lane_registry import LaneRegistry
 from tuner.lanes.messages import Orders, Row, Update
 
 CONFIG = TrialConfig()
@@ -224,3 +225,55 @@ def test_a_coordinator_that_was_started_again_learns_of_its_lanes_before_it_give
         assert await again.submit("t0", CONFIG) != lease, "the first lease of each is not the same"
 
     drive(scenario)
+
+
+# The rules by themselves
+
+
+def test_only_another_attempt_means_that_workers_have_died() -> None:
+    """A coordinator that was started again, or a lane that registers again, counts no death twice."""
+    registry = LaneRegistry()
+    assert registry.register("lane", "2", ["here"], ["here"], ["t0"]) is None, "it was there before the coordinator"
+    assert registry.register("lane", "2", ["here"], ["here"], ["t0"]) is None
+    assert registry.deaths.suspect(["t0"]) is None
+    assert registry.register("lane", "3", ["here"], ["here"], ["t0"]) is not None
+    assert registry.deaths.suspect(["t0"]) == "t0"
+    registry.leave("lane")
+    assert registry.register("lane", "4", ["here"], ["here"], ["t0"]) is None
+
+
+def test_a_death_is_blamed_only_if_all_its_nodes_are_still_there() -> None:
+    """A lane over two nodes dies with either of them."""
+    deaths = Deaths()
+    deaths.see_nodes(["a"])
+    for _ in range(DEATHS_PER_TRIAL):
+        assert deaths.died("lane", frozenset("ab"), ["t0"], None, None).trials == {}
+    assert deaths.suspect(["t0"]) is None
+    deaths.see_nodes(["a", "b"])
+    assert deaths.suspect(["t0"]) == "t0"
+
+
+def test_a_lane_that_finishes_something_is_cleared_of_its_own_deaths() -> None:
+    deaths = Deaths()
+    for _ in range(2 * STARTS_PER_LANE):
+        assert deaths.died("lane", frozenset("a"), [], None, None).lane is None
+        deaths.forget_lane("lane")
+
+
+def test_a_lane_that_finishes_something_is_cleared_of_the_trials_that_died_on_it() -> None:
+    deaths = Deaths()
+    for number in range(2 * TRIALS_PER_LANE):
+        for _ in range(DEATHS_PER_TRIAL):
+            verdict = deaths.died("lane", frozenset("a"), [f"t{number}"], None, None)
+        assert list(verdict.trials) == [f"t{number}"]
+        assert verdict.lane is None
+        deaths.forget_lane("lane")
+
+
+def test_a_trial_that_finishes_an_epoch_is_suspected_no_longer() -> None:
+    deaths = Deaths()
+    for _ in range(2 * DEATHS_PER_TRIAL):
+        assert deaths.died("lane", frozenset("a"), ["t0"], None, None).trials == {}
+        assert deaths.suspect(["t1", "t0"]) == "t0"
+        deaths.forget_trial("t0")
+        assert deaths.suspect(["t0"]) is None

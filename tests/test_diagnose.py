@@ -23,10 +23,11 @@ from tuner.config import EncoderRef, LoraSpec, TrialConfig
 from tuner.data.store import Store
 from tuner.diagnose import environment
 from tuner.diagnose.backward import check_backward, try_training
-from tuner.diagnose.data import check_data
+from tuner.diagnose.data import _duplicates, check_data
 from tuner.diagnose.features import check_features
 from tuner.diagnose.findings import Diagnosis, Step
 from tuner.diagnose.forward import check_forward
+from tuner.diagnose.recordings import Recordings, store_recordings
 from tuner.diagnose.sample import draw_sample
 from tuner.diagnose.steps import diagnose
 from tuner.diagnose.strategy import check_strategy
@@ -194,6 +195,22 @@ def test_the_same_sound_in_two_splits_of_a_store(copied: Tiny) -> None:
     (text,) = said(step, "error")
     assert step.values["leaks"] == 1
     assert f"recordings in two splits: 1, for example {pairs[0][0]}.wav (train) and {pairs[0][1]}.wav (test)" in text
+
+
+@pytest.mark.parametrize("shared", ["content", "file", "clip_id", None])
+def test_a_leak_shows_by_each_key_alone(tiny: Tiny, shared: str | None) -> None:
+    """Two recordings in two splits that have the same sound, or file, or clip id, and nothing else in common."""
+    second = {key: f"{key} {'1' if key == shared else '2'}" for key in ("content", "file", "clip_id")}
+    found = Recordings(
+        names=["1.wav", "2.wav"],
+        splits=["train", "test"],
+        contents=["content 1", second["content"]],
+        identities=[("file 1", "clip_id 1"), (second["file"], second["clip_id"])],
+    )
+    step = Step("data")
+    _duplicates(step, found)
+    assert step.values["leaks"] == (1 if shared else 0)
+    assert store_recordings(tiny.store()).identities[0] == ("file 0.wav", "clip_id clip-0")
 
 
 def test_a_repeated_sound_and_shared_captions_are_notes(copied: Tiny) -> None:

@@ -29,13 +29,17 @@ from tuner.data.writer import check_new_file
 from tuner.demo import audio_encoder_folder
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import AdapterError, ConfigError, DataError, TrialFailed, TunerError
+from tuner.study.folder import StudyFolder
+from tuner.study.points import Scores
 from tuner.train import export
 from tuner.train.embed import embed_files, find_recordings
 from tuner.train.evaluate import attach_exported, check_store, load
 from tuner.train.export import CARD_FILE, HEAD_FILE, export_adapter, load_head, make_card, read_card
+from tuner.train.front_point import confirm_trial
 from tuner.train.model import pool_clips
 from tuner.train.pack import Pack, PackContext
 from tuner.train.prefix import LivePrefix, row_lengths
+from tuner.train.results import Candidate, bootstrap
 from tuner.train.single import read_trial, train_single
 
 # PEFT 0.21 still asks transformers 5 for this property by its old name.
@@ -191,6 +195,39 @@ def test_a_store_of_other_encoders_is_refused(trained: Trained, tiny: Tiny) -> N
         check_store(trained.card, "other", store)
     with pytest.raises(AdapterError, match="another text encoder"):
         check_store(dataclasses.replace(trained.card, text_fingerprint="other"), features, store)
+
+
+@pytest.mark.parametrize("trained_layer", [None, 0, 3, -1])
+def test_an_adapter_is_untrained_only_if_every_b_is_zero(copy: Path, trained_layer: int | None) -> None:
+    """A layer may stay at zero, the first or any other; a LoRA of zeros alone was never trained."""
+    tensors = load_file(copy / "adapter_model.safetensors")
+    names = [name for name in tensors if ".lora_B." in name]
+    kept = None if trained_layer is None else names[trained_layer]
+    for name in names:
+        if name != kept:
+            tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, copy / "adapter_model.safetensors")
+    if kept:
+        assert load(copy).card.trial == "t0007"
+    else:
+        with pytest.raises(AdapterError, match="every lora_B is zero"):
+            load(copy)
+
+
+def test_a_point_of_the_front_has_the_figures_of_the_test_gallery(tiny: Tiny, tmp_path: Path) -> None:
+    """And beside them those of validation, by which it was chosen; both from its exported files."""
+    encoder = load_encoder(inspect_encoder(tiny.encoder), torch.float32)
+    pack = Pack(PackContext(encoder, tiny.store(), tiny.settings()))
+    member = pack.attach("t0003", LORA)
+    pack.train_epoch(["t0003"])
+    member.save(StudyFolder(tmp_path).checkpoint("t0003"))
+    test, validation = pack.validate("t0003", "test"), pack.validate("t0003")
+    assert test.metrics() != validation.metrics()
+    pack.detach("t0003")
+    measured = confirm_trial(pack, Candidate("t0003", "sampled", LORA), tmp_path, "fp32")
+    assert measured.metrics == test.metrics()
+    assert measured.point.test == Scores.of(test.metrics(), bootstrap(test))
+    assert measured.point.validation == Scores.of(validation.metrics())
 
 
 # Damage

@@ -331,3 +331,15 @@ def test_a_journal_of_version_0_1_reads_the_same(tmp_path: Path) -> None:
 def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
     with pytest.raises(StudyError, match="name"):
         check_study_name(name)
+
+
+def test_a_journal_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").mkdir()
+    with pytest.raises(StudyError, match=r"journal\.jsonl: cannot be read \(Is a directory\); restore the file"):
+        read_history(StudyFolder(tmp_path))
+
+
+def test_a_lanes_row_keeps_the_metrics_of_both_directions_and_nothing_else() -> None:
+    metrics = {"recall@10": 0.5, "audio_to_text_R@1": 0.25, "text_to_audio_mAP@10": 0.75}
+    done = EpochDone.from_row("t0001", {"epoch": 2, "loss": 1.0, **metrics, "final": True, "trial_id": "x"})
+    assert (done.epoch, done.loss, done.metrics) == (2, 1.0, metrics)

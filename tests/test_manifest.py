@@ -6,7 +6,8 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import pytest
 
 from tuner.data.manifest import ClipRow, read_manifest
 from tuner.data.plan import file_states, make_plan, manifest_digest
+from tuner.data.prepare import PrepareOptions, _Results, _splits
 from tuner.data.splits import SPLITS, assign_splits, group_recordings
 from tuner.data.tables import EmbeddedAudio, read_audio_bytes
 from tuner.errors import ConfigError, DataError
@@ -169,6 +171,23 @@ def test_groups_join_through_any_shared_identity() -> None:
     assert groups == ["id:a", "id:b", "id:a", "id:b"]
     chain = group_recordings([("id:z", "sound:1"), ("id:y", "sound:2"), ("id:y", "sound:1")])
     assert len(set(chain)) == 1
+
+
+def test_recordings_are_one_by_clip_id_or_sound_alone(tmp_path: Path) -> None:
+    """Rows of one file are one clip already; all of these clips hang together, so they share the drawn split."""
+    names = ["a", "a", "b", "c"]
+    for position in range(4):
+        (tmp_path / f"{position}.wav").write_bytes(b"")
+    lines = [{"audio": f"{position}.wav", "caption": "x", "clip_id": name} for position, name in enumerate(names)]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    rows = read_manifest(manifest)
+    plan, digests = make_plan(rows, file_states(rows)), ["1", "2", "2", "3"]
+    results = SimpleNamespace(clips=range(4), facts=lambda clip: (1, 1.0, digests[clip]))
+    for seed in range(6):
+        splits = _splits(plan, cast(_Results, results), PrepareOptions(fractions=(0.5, 0.0, 0.5), seed=seed))
+        assert len(set(splits[:3])) == 1
+        assert splits[3] != splits[0]
 
 
 def test_drawn_splits_are_exact_grouped_and_independent_of_order() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tuner.config import TrialConfig
+from tuner.data.store import Store
 from tuner.study.objectives import WAYS
 from tuner.study.points import Point, Scores
-from tuner.train.results import BOOTSTRAP_RESAMPLES, Measured, Retrieval, bootstrap, resample
-from tuner.train.retrieval import retrieve
+from tuner.train.pack import retrieve_split
+from tuner.train.results import BOOTSTRAP_RESAMPLES, Measured, QueryResults, Retrieval, bootstrap, resample
+from tuner.train.retrieval import average_precision, retrieve
 
 POINT = Point(
     trial="t0000",
@@ -69,7 +74,7 @@ def test_both_directions_equal_the_naive_oracle(seed: int, chunk: int) -> None:
     ):
         ranks, precisions = naive(scores, wanted)
         assert results.rank_Q.tolist() == ranks
-        np.testing.assert_allclose(results.ap10_Q, precisions, rtol=1e-6)
+        np.testing.assert_allclose(results.ap10_Q, precisions, rtol=1e-14)
 
 
 def test_metrics_of_known_ranks() -> None:
@@ -82,6 +87,27 @@ def test_metrics_of_known_ranks() -> None:
     # Clip 2 scores 0 with its own caption, as with two others that do not match: all of those go first.
     assert metrics["audio_to_text_median_rank"] == 2.5
     assert metrics["audio_to_text_N"] == 4
+
+
+def test_average_precision_is_normalised_by_what_fits_and_computed_in_fp64() -> None:
+    """Of 12 positives 10 can be among the first 10, so the best order has 1.0. In fp32 thirds differ in digit 8."""
+    best, other = [True] * 12 + [False] * 3, [False, True, True] + [False] * 12
+    assert average_precision(torch.tensor([best, other]), depth=10).tolist() == [1.0, (1 / 2 + 2 / 3) / 2]
+
+
+def test_the_median_rank_is_no_mean() -> None:
+    results = QueryResults(np.array([1, 2, 30]), np.zeros(3))
+    assert Retrieval(results, results).metrics()["audio_to_text_median_rank"] == 2
+
+
+def test_the_gallery_of_a_split_is_its_own_captions() -> None:
+    """Clip 0 is nearest to a caption that only clip 2 has, which belongs to another split."""
+    captions = [[0], [1], [2]]
+    store = SimpleNamespace(clip_captions=lambda clip: np.array(captions[clip]), text_embeddings=np.eye(3, dtype="f4"))
+    audio = torch.tensor([[0.6, 0.0, 0.8], [0.0, 1.0, 0.0]])
+    result = retrieve_split(cast(Store, store), np.array([0, 1]), audio)
+    assert result.audio_to_text.rank_Q.tolist() == [1, 1]
+    assert result.metrics()["text_to_audio_N"] == 2
 
 
 def test_a_collapsed_encoder_gets_nothing() -> None:

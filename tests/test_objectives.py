@@ -146,3 +146,13 @@ def test_wrong_objectives_are_one_sentence(names: list[str], sentence: str) -> N
 
 def test_an_objective_is_the_one_of_its_name() -> None:
     assert objective_named("recall@10") is OBJECTIVES["recall@10"]
+
+
+def test_files_name_an_objective_without_its_corner() -> None:
+    """It is fixed in the code: another one in a file would change nothing."""
+    assert objective_named("recall@10").to_values() == {
+        "name": "recall@10",
+        "direction": "maximize",
+        "scale": "linear",
+        "kind": "measured",
+    }

@@ -12,7 +12,7 @@ from conftest import Tiny
 from tuner.config import LoraSpec, LossSpec, OptimSpec, TrialConfig
 from tuner.encoders.registry import inspect_encoder, load_encoder
 from tuner.errors import DataError, StudyError, TrialFailed
-from tuner.lora.adapter import names
+from tuner.lora.adapter import activate, names
 from tuner.lora.placement import trainable_parameters
 from tuner.train.member import WarmupCosine
 from tuner.train.pack import Pack, PackContext
@@ -61,6 +61,42 @@ def test_an_adapter_in_a_pack_equals_the_adapter_alone(tiny: Tiny) -> None:
         assert train(alone, [trial])[trial] == together[trial]
         assert all(map(torch.equal, weights(alone, trial), weights(pack, trial)))
         assert alone.validate(trial).metrics() == pack.validate(trial).metrics()
+
+
+def test_every_member_stays_trainable_whichever_runs(tiny: Tiny) -> None:
+    """PEFT freezes the adapters that are not active; one backward pass may reach several of them."""
+    pack = make_pack(tiny)
+    for trial, config in CONFIGS.items():
+        pack.attach(trial, config)
+    for active in (None, "t0001", "t0002"):
+        activate(pack.encoder, active)
+        for member in pack.members.values():
+            assert all(parameter.requires_grad for parameter in member.lora_parameters)
+
+
+def test_dropout_is_on_in_training_and_off_in_validation(tiny: Tiny) -> None:
+    """B is zero at first, so dropout shows after a step; the initial weights are the same with and without it."""
+    losses = {}
+    for dropout in (0.0, 0.5):
+        pack = make_pack(tiny)
+        config = TrialConfig(lora=LoraSpec(rank=4, dropout=dropout, targets=ATTENTION), optim=OptimSpec(lora_lr=3e-2))
+        pack.attach("t0001", config)
+        start = weights(pack, "t0001")
+        losses[dropout] = start, train(pack, ["t0001"])["t0001"]
+        clips = pack.store.split("validation")
+        assert torch.equal(pack.embed("t0001", clips), pack.embed("t0001", clips))
+    assert all(map(torch.equal, losses[0.0][0], losses[0.5][0]))
+    assert losses[0.0][1] != pytest.approx(losses[0.5][1], rel=1e-3)
+
+
+def test_the_seed_of_a_trial_draws_its_weights(tiny: Tiny) -> None:
+    drawn = []
+    for trial, seed in (("t0001", 1), ("t0002", 1), ("t0003", 2)):
+        pack = make_pack(tiny)
+        pack.attach(trial, CONFIGS["t0001"].model_copy(update={"seed": seed}))
+        drawn.append(torch.cat([value.flatten() for value in weights(pack, trial)]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_training_learns_the_store(tiny: Tiny) -> None:
@@ -112,6 +148,19 @@ def test_training_from_the_cache_equals_training_live(tiny: Tiny, tmp_path: Path
     ours, theirs = train(cached, list(CONFIGS)), train(live, list(CONFIGS))
     for trial in CONFIGS:
         np.testing.assert_allclose(ours[trial], theirs[trial], rtol=1e-4)
+
+
+def test_number_formats_do_not_share_a_cache(tiny: Tiny, tmp_path: Path) -> None:
+    """Bytes of one read as the other would be noise; each format has its own states (bf16: 2 % of the largest)."""
+    clips = np.arange(4)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        pack = make_pack(tiny, dtype=dtype)
+        cached = open_prefix(pack.encoder, pack.store, 1, tmp_path, tokens_per_forward=50)
+        live = LivePrefix(pack.encoder, pack.store, 1).hidden(clips).states_ND
+        assert cached.made
+        torch.testing.assert_close(
+            cached.hidden(clips).states_ND, live, rtol=0, atol=tolerance * float(live.abs().max())
+        )
 
 
 def test_an_interrupted_cache_is_filled_again(tiny: Tiny, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tuner.lanes import guard as guard_module
 from tuner.lanes.files import LaneFiles
 from tuner.lanes.guard import CHECKPOINT_SECONDS, Guard
 from tuner.patience import DEFAULT_SECONDS, Patience
+from tuner.train.member import read_checkpoint
 from tuner.train.pack import Pack
 
 TRIALS = list(CONFIGS)
@@ -96,6 +97,20 @@ def test_a_checkpoint_of_an_older_version_goes_on(tiny: Tiny, tmp_path: Path) ->
     pack.detach("t0001")
     assert pack.attach("t0001", CONFIGS["t0001"], tmp_path / "old.pt").epoch == 1
     train(pack, ["t0001"], epochs=1)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(errno.EIO, OSError), (errno.EINVAL, StudyError)])
+def test_a_failing_disk_is_no_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception]
+) -> None:
+    """A file that ends too early is an invalid seek, and is named; any other error of the disk is waited for."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, "from the disk")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(expected):
+        read_checkpoint(tmp_path / "t0001.pt")
 
 
 # A clip whose features are not numbers

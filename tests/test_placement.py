@@ -304,7 +304,7 @@ A3 = "base_model.model.layers.3.fc1.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(A3), rf"{A3} is missing"),
+        (lambda t: t.pop(A3), rf"{A3} is missing; the adapter"),
         (lambda t: t.update({A3.replace("fc1", "mlp.fc1"): t.pop(A3)}), r"is missing and 1 more"),
         (lambda t: t.update({A3.replace("3", "1"): t[A3].clone()}), r"layers.1.fc1.lora_A.weight is unexpected"),
         (lambda t: t.update({A3: t[A3][:2].clone()}), r"lora_A.weight is \(2, 384\), expected \(3, 384\)"),

@@ -31,7 +31,12 @@ def steps_per_epoch(clips: int, batch_size: int) -> int:
 
 
 def epoch_batches(store: Store, clips: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """The batches of one epoch (1-based), each clip once, one of its captions drawn for it."""
+    """The batches of one epoch (1-based), each clip once, one of its captions drawn for it.
+
+    NumPy's default generator with the seed `[seed, epoch]` draws the order of the clips, then a uniform number for each
+    place in it; the share `u` picks caption `int(u * count)`. The first batches have one clip more where it does not
+    divide.
+    """
     generator = np.random.default_rng([seed, epoch])
     shuffled = generator.permutation(clips)
     picks = generator.random(len(clips))
