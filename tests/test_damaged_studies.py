@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,12 +17,16 @@ import pytest
 from study_folder import HOSTILE, edit_journal, edit_json, write_run
 
 from tuner.errors import StudyError
+from tuner.patience import Patience
 from tuner.report.html import render
 from tuner.report.live import PlainView
 from tuner.report.terminal import RichView
+from tuner.search.driver import check_database
+from tuner.search.durable.database import open_database
 from tuner.study.config import StudyRecord
 from tuner.study.folder import StudyFolder
 from tuner.study.journal import Journal
+from tuner.study.objectives import Direction
 from tuner.study.study import Study
 
 Change = Callable[[dict[str, Any]], None]
@@ -279,3 +284,19 @@ def test_absurd_numbers_stay_numbers_everywhere(folder: Path) -> None:
         view.close()
     assert "t0001 complete" in out.getvalue()
     assert "t0001" in render(study)
+
+
+def test_a_lost_database_is_not_begun_again(tmp_path: Path) -> None:
+    """Its trials would be trained again, under the same names."""
+    shutil.copytree(Path(__file__).parent / "old_study", tmp_path / "study")
+    folder = StudyFolder(tmp_path / "study")
+    directions: list[Direction] = ["maximize", "minimize"]
+    name = StudyRecord.read(folder).study
+    with closing(Journal(folder)) as journal:
+        check_database(open_database(folder.database, Patience(lambda text: None), name, directions), journal)
+        folder.database.unlink()
+        empty = open_database(folder.database, Patience(lambda text: None), name, directions)
+        with pytest.raises(
+            StudyError, match=r"study.db: has no trials, but journal.jsonl has 4; restore the database, or"
+        ):
+            check_database(empty, journal)

@@ -13,6 +13,8 @@ from searches import Runs, epochs_of
 
 from tuner.report.answer import headline
 from tuner.report.html import render
+from tuner.search.driver import rule_of
+from tuner.search.stopping import StopHopeless
 from tuner.study.events import EpochDone
 from tuner.study.folder import StudyFolder
 from tuner.study.journal import read_history
@@ -45,6 +47,15 @@ def test_it_opens_with_every_figure() -> None:
             row = rows[trial.trial, number]
             assert (epoch.loss, epoch.metrics["recall@1"]) == (row["loss"], row["recall@1"])
             assert (trial.parameters, trial.lora_parameters) == (row["trainable_parameters"], row["lora_parameters"])
+
+
+def test_it_keeps_the_sampler_and_trains_every_trial_to_its_end() -> None:
+    """As it was begun; a new study has a stopping rule with rungs before the last epoch."""
+    record = Study.open(OLD).record
+    assert (record.sampler, record.stopping, record.max_parameters) == ("tpe", "never", None)
+    assert rule_of(record).rungs == ()
+    longer = record.changed(stopping="hopeless", settings=record.settings.model_copy(update={"epochs": 3}))
+    assert isinstance(rule_of(longer), StopHopeless) and rule_of(longer).rungs == (1, 2)
 
 
 def test_its_front_is_that_of_its_first_trials() -> None:

@@ -102,7 +102,7 @@ def run_search(
             with ExitStack() as copies:
                 with undone():
                     copies.enter_context(mirrored(request.folder.path, request.study_storage, lease))
-                rule = stopping or _rule(record)
+                rule = stopping or rule_of(record)
                 front = _search(request, record, view, spec, store, undone, Lifeline(lost), rule)
         finally:
             view.close()
@@ -148,11 +148,25 @@ def _known_costs(spec: EncoderSpec, text_dim: int, training: Lengths, config: Tr
     return known_costs(spec, config, text_dim, training)
 
 
-def _rule(record: StudyRecord) -> StoppingRule:
+def rule_of(record: StudyRecord) -> StoppingRule:
     """The study's own stopping rule."""
     if record.stopping == "never":
         return NeverStop()
     return StopHopeless(record.objectives, record.settings.epochs, record.space)
+
+
+def check_database(study: optuna.Study, journal: Journal) -> None:
+    """Refuse a study whose database was lost or emptied: its trials would be trained again, under the same names.
+
+    Raises:
+        StudyError: the journal has trials and the database has none.
+    """
+    known, folder = len(journal.history.trials), journal.folder
+    if known and not study.get_trials(deepcopy=False):
+        raise StudyError(
+            f"{folder.database}: has no trials, but {folder.journal.name} has {known}; restore the database, or start "
+            "a new study"
+        )
 
 
 def _training_lengths(store: Store) -> Lengths:
@@ -225,6 +239,7 @@ class _Search:
             known = {trial.number for trial in study.get_trials(deepcopy=False) if "config" in trial.user_attrs}
             begun = checkpointed(self.request.study_storage, known)
             adopt(study, self.record.space, fixed_configurations(self.record.space), begun)
+        check_database(study, self.journal)
         return study
 
     def _searcher(self, study: optuna.Study, lanes: Fleet) -> StudySearcher:
