@@ -43,6 +43,7 @@ class Recipe:
     rank: int = 4
     alpha: float = 8.0
     lora_lr: float = 1e-2
+    plus: float = 1.0  # learning rate of B over that of A
     head_lr: float = 3e-2
     hidden: int | None = None  # of a head of two layers
     weight_decay: float = 0.5
@@ -80,10 +81,11 @@ def train(tower: Any, clips: Clips, recipe: Recipe) -> Outcome:
     scalars = [value for value in (log_scale, bias) if value.requires_grad]
     optimizer = torch.optim.AdamW(
         [
-            {"params": lora, "lr": recipe.lora_lr, "weight_decay": recipe.weight_decay},
+            {"params": lora[0::2], "lr": recipe.lora_lr, "weight_decay": recipe.weight_decay},
+            {"params": lora[1::2], "lr": recipe.plus * recipe.lora_lr, "weight_decay": recipe.weight_decay},
             {"params": list(head.parameters()), "lr": recipe.head_lr, "weight_decay": recipe.weight_decay},
             {"params": scalars, "lr": recipe.head_lr, "weight_decay": 0.0},
-        ][0 if lora else 1 :]
+        ][0 if lora else 2 :]
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     total = recipe.epochs * steps(clips, recipe)

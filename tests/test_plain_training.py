@@ -24,6 +24,7 @@ LAYERS = r"layers\.[12]\.(self_attn\.q_proj|self_attn\.v_proj|fc1)"
 RECIPES = {
     # Colder than a configuration may be, so that the first step leaves it beyond the limit.
     "clamped": Recipe(LAYERS, temperature=0.005, lora_lr=2e-2, head_lr=1e-2, max_grad_norm=2.0, seed=3),
+    "LoRA+": Recipe(LAYERS, plus=8.0, lora_lr=2e-3, seed=7),
     "clipped": Recipe(LAYERS, max_grad_norm=0.05, lora_lr=2e-2, seed=5, data_seed=1),
     "siglip": Recipe(LAYERS, kind="siglip", hidden=16, alpha=2.0, seed=1),
     "projection": Recipe(None, learn_temperature=False, weight_decay=0.1),
@@ -55,6 +56,7 @@ def config_of(recipe: Recipe) -> TrialConfig:
         head=HeadSpec(kind="mlp", hidden=recipe.hidden) if recipe.hidden else HeadSpec(),
         optim=OptimSpec(
             lora_lr=recipe.lora_lr,
+            lora_plus_ratio=recipe.plus,
             head_lr=recipe.head_lr,
             weight_decay=recipe.weight_decay,
             warmup_fraction=recipe.warmup_fraction,

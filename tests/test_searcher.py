@@ -466,3 +466,19 @@ def test_a_database_that_is_away_for_a_moment_loses_no_draw(
         searcher.on_trial_complete(str(number), result_of(told[-1]))
     assert told == whole
     assert searcher.remaining == 0
+
+
+def test_out_of_time_no_new_trial_begins_and_what_runs_ends(tmp_path: Path) -> None:
+    """The first configurations always run: without them a front says nothing."""
+    bench = Bench(tmp_path)
+    searcher = bench.searcher(trials=1000)
+    searcher.out_of_time = lambda: "the time is over"
+    first, second = searcher.suggest("a"), searcher.suggest("b")
+    assert [first["origin"], second["origin"]] == [BASELINE, RECOMMENDED]
+    assert searcher.remaining == 1000
+    assert searcher.suggest("c") == FINISHED and searcher.exhausted == "the time is over"
+    assert searcher.remaining == 2, "what runs is still to end"
+    for name, suggestion in (("a", first), ("b", second)):
+        searcher.on_trial_complete(name, result_of(suggestion))
+    assert searcher.remaining == 0
+    assert bench.searcher(trials=1000).suggest("d")["origin"] == "sampled", "a resumed search goes on"

@@ -104,6 +104,9 @@ class OptimSpec(Frozen):
     # A head from scratch needs far larger steps than adapters of a pretrained encoder: at 1e-3 the projection alone
     # looks weak, and LoRA's gain is overstated (docs/log.md).
     lora_lr: float = Field(default=2e-3, gt=0)
+    lora_plus_ratio: float = Field(
+        default=1.0, gt=0, description="learning rate of B divided by that of A (LoRA+, arXiv:2402.12354)"
+    )
     head_lr: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of all steps spent warming up")

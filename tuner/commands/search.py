@@ -40,6 +40,8 @@ def _named(name: str) -> str:
 
 EPOCHS, BATCH_SIZE = _default(RunSettings, "epochs"), _default(RunSettings, "batch_size")
 TRIALS = _default(StudyConfig, "trials")
+# Of a search that is limited by its time.
+MANY_TRIALS = 1000
 SAMPLER, STOPPING = _named("sampler"), _named("stopping")
 
 
@@ -63,6 +65,10 @@ Objectives = Annotated[
 ]
 Trials = Annotated[
     int | None, typer.Option(min=1, max=LARGEST, help=f"total number of trials of the study  [default: {TRIALS}]")
+]
+Hours = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="end within so many hours, with a confirmed front; as many trials as fit, or --trials"),
 ]
 Sampler = Annotated[str, typer.Option(help=f"what draws configurations: {', '.join(SAMPLERS)}")]
 Stopping = Annotated[str, typer.Option(help="trials that end early: hopeless (a cheaper one will be better), or never")]
@@ -115,6 +121,7 @@ def search(
     path: EncoderPath = None,
     objective: Objectives = None,
     trials: Trials = None,
+    hours: Hours = None,
     sampler: Sampler = SAMPLER,
     stopping: Stopping = STOPPING,
     max_parameters: MaxParameters = None,
@@ -153,6 +160,8 @@ def search(
 
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(runs)):
         raise ConfigError(f"--runs {runs}: must be a folder of this machine; give a bucket as --storage")
+    if dry_run and hours is not None:
+        raise ConfigError("--dry-run estimates a number of trials; give --trials instead of --hours")
     if dry_run and resume is not None:
         raise ConfigError("--dry-run estimates new studies only; drop --resume")
     patience_seconds()  # A value that means nothing is refused now, not when a disk is full.
@@ -166,6 +175,7 @@ def search(
         pack=pack,
         max_gpus=max_gpus,
         json=json,
+        hours=hours,
     )
     driver.check()
     if driver.submits and not dry_run:
@@ -190,7 +200,7 @@ def search(
         path=path,
         objectives=tuple(objective or DEFAULT_OBJECTIVES),
         study=study,
-        trials=trials or TRIALS,
+        trials=trials or (MANY_TRIALS if hours else TRIALS),
         sampler=sampler,
         stopping=stopping,
         max_parameters=max_parameters,

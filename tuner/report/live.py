@@ -8,7 +8,7 @@ from typing import Literal, TextIO
 
 from tuner.study.events import EpochDone, Event, Message, StudyStarted, TrialEnded, TrialStarted, View
 from tuner.study.progress import Progress
-from tuner.study.wording import ORIGINS, counted, decimals, describe_config, describe_points, describe_time
+from tuner.study.wording import ORIGINS, counted, decimals, describe_config, describe_points
 
 Kind = Literal["auto", "rich", "plain", "json"]
 
@@ -74,7 +74,7 @@ class PlainView:
             self._line(f"{event.trial} epoch {event.epoch} loss {decimals(event.loss)} [{event.seconds:.1f} s]")
             return
         measured = f"loss {decimals(event.loss)} {progress.metric} {decimals(event.metric(progress.metric))}"
-        outlook = f"{describe_points(len(progress.front()))}, {describe_time(progress.seconds_left())}"
+        outlook = f"{describe_points(len(progress.front()))}, {progress.outlook()}"
         epoch = f"epoch {event.epoch}/{progress.started.epochs}"
         self._line(f"{event.trial} {epoch} {measured} [{event.seconds:.1f} s] {outlook}")
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from tuner.study.events import Event, Message, StudyStarted, TrialEnded
 from tuner.study.history import Trial
 from tuner.study.progress import Progress
-from tuner.study.wording import counted, decimals, describe_config, describe_points, describe_time
+from tuner.study.wording import counted, decimals, describe_config, describe_points
 
 STATE_STYLES = {"running": "cyan", "complete": "green", "stopped": "yellow", "failed": "red"}
 # Lines of the terminal that are not rows of the two tables.
@@ -59,7 +59,7 @@ class RichView:
         if plan.dashboard_url:
             title.append(f"  {plan.dashboard_url}", "dim")
         counts = f"{progress.ended} of {counted(plan.trials, 'trial')} ended, {describe_points(len(front))}"
-        status = Text(f"{counts}, {describe_time(progress.seconds_left())}", "bold")
+        status = Text(f"{counts}, {progress.outlook()}", "bold")
         footer = Table.grid(padding=(0, 2, 0, 0), expand=True)
         # A progress bar does not end its line, so it shares one with the counts.
         footer.add_column(no_wrap=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tuner.lora.cost import Lengths
 from tuner.lora.known import known_costs
 from tuner.patience import Patience
 from tuner.report.html import write_report
+from tuner.search.budget import Budget, ends_at
 from tuner.search.durable.adopt import adopt
 from tuner.search.durable.database import open_database
 from tuner.search.durable.driver_lock import only_driver
@@ -119,6 +121,7 @@ def _search(
     lifeline: Lifeline,
     stopping: StoppingRule,
 ) -> ConfirmedFront:
+    budget = Budget(request.hours) if request.hours else None
     # The report is written while lanes and Ray end: leaving `background` waits for it.
     with ThreadPoolExecutor(1) as background, ExitStack() as cluster:
         with undone():
@@ -130,7 +133,8 @@ def _search(
         view = MeteredView(view)
         # An absolute path if the driver may run on a cluster's head: its messages are read on other machines.
         run_dir = request.folder.path.resolve() if request.storage else request.folder.path
-        view.show(record.plan(run_dir, dashboard_url))
+        until = ends_at(request.hours, datetime.now(UTC)) if request.hours else None
+        view.show(record.plan(run_dir, dashboard_url, until))
         if dashboard_url and request.address is None and asks_for_token():
             view.show(Message(text=ASKS_FOR_TOKEN))
         if note := path_note(spec):
@@ -138,7 +142,7 @@ def _search(
         patience = Patience(lambda text: view.show(Message(text=text)))
         costs = partial(_known_costs, spec, store.text_dim, _training_lengths(store))
         with closing(Journal(request.folder, patience)) as journal:
-            search = _Search(request, record, journal, view, costs, size, loggers, patience, stopping)
+            search = _Search(request, record, journal, view, costs, size, loggers, patience, stopping, budget)
             front, report = search.run(background)
     report.result()
     return front
@@ -197,6 +201,7 @@ class _Search:
     loggers: Sequence[ReadableTrials]
     patience: Patience
     stopping: StoppingRule
+    budget: Budget | None = None
 
     def run(self, background: Executor) -> tuple[ConfirmedFront, Future[Path]]:
         """Train the trials, confirm the front, and write the report in the background.
@@ -280,9 +285,15 @@ class _Search:
             scheduler.why,
         )
         recorder.replay()
+        if self.budget is not None:
+            searcher.out_of_time = partial(self._out_of_time, self.budget, watch, lanes.slots)
         run_trials(self.request.folder, searcher, scheduler, recorder, [watch, *self.loggers], self.patience)
         if searcher.exhausted:
             self.view.show(Message(text=searcher.exhausted))
+
+    def _out_of_time(self, budget: Budget, watch: LaneWatch, places: int) -> str | None:
+        epochs = self.record.settings.epochs
+        return None if budget.allows(self.journal.history, epochs, watch.front(), places) else budget.sentence
 
     def _note_precision(self, lanes: Fleet) -> bool:
         """Record the number format, which a resumed study must keep on any machine.

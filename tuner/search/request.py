@@ -35,6 +35,7 @@ class SearchRequest:
         folder: with a storage it belongs to this machine, else all nodes share it.
         address: of a Ray cluster; None starts Ray inside this process.
         storage: holds studies, each in a folder of its name.
+        hours: in which this session of the search ends; None: with its last trial.
     """
 
     config: StudyConfig
@@ -44,6 +45,7 @@ class SearchRequest:
     fleet: FleetOptions = field(default_factory=FleetOptions)
     loggers: tuple[str, ...] = ()
     storage: Storage | None = None
+    hours: float | None = None
 
     @property
     def study_storage(self) -> Storage | None:

@@ -61,7 +61,8 @@ class StudySearcher(Searcher):
 
     Attributes:
         has_place: set when known: whether a new trial may begin now. Tune's own limit would count paused trials.
-        exhausted: a sentence, once the space has no configuration that the study has not.
+        out_of_time: set when known: why no new trial may begin any more, or None.
+        exhausted: a sentence, once no new trial begins because the space is used up or the time is.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class StudySearcher(Searcher):
         self.trials, self.extra, self.seed = trials, dict(extra), seed
         self.max_parameters, self._lessons = max_parameters, Lessons(objectives, known, history)
         self.has_place: Callable[[], bool] = lambda: True
+        self.out_of_time: Callable[[], str | None] = lambda: None
         self._sampler = make_sampler(sampler, space, objectives, known, seed)
         self._numbers: dict[str, int] = {}
         self._lost: list[FrozenTrial] = []  # trials whose actor died, to be suggested again
@@ -134,8 +136,10 @@ class StudySearcher(Searcher):
     def suggest(self, tune_id: str) -> Values:
         """The next configuration for Tune, FINISHED, or NOT_NOW while there is no place."""
         again = self._lost or self._interrupted
-        if not again and not self._drawn and (self.exhausted or self._started() >= self.trials):
-            return FINISHED
+        if not again and not self._drawn:
+            self.exhausted = self.exhausted or (None if self._fixed else self.out_of_time())
+            if self.exhausted or self._started() >= self.trials:
+                return FINISHED
         if not self.has_place():
             return NOT_NOW
         trial = again.pop(0) if again else self._start()

@@ -50,8 +50,12 @@ class StudyConfig(Frozen):
         """The first objective, which reports show."""
         return self.objectives[0]
 
-    def plan(self, run_dir: Path, dashboard_url: str | None = None) -> StudyStarted:
-        """The first event of a search."""
+    def plan(self, run_dir: Path, dashboard_url: str | None = None, until: datetime | None = None) -> StudyStarted:
+        """The first event of a search.
+
+        Args:
+            until: when it ends at the latest; None: with its last trial.
+        """
         return StudyStarted(
             study=self.study,
             space=self.space.name,
@@ -60,6 +64,7 @@ class StudyConfig(Frozen):
             epochs=self.settings.epochs,
             dashboard_url=dashboard_url,
             run_dir=str(run_dir),
+            until=until,
         )
 
     @field_serializer("space")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Literal, Protocol, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, StringConstraints, TypeAdapter, ValidationError, field_validator
@@ -72,6 +73,7 @@ class StudyStarted(_Event):
     epochs: int = Field(description="of each trial")
     dashboard_url: str | None = None
     run_dir: str
+    until: datetime | None = Field(default=None, description="when it ends at the latest, if its time is limited")
 
     @field_validator("objectives")
     @classmethod

@@ -88,12 +88,18 @@ class Progress:
             return None if left > 0 else 0.0
         return statistics.median(self._seconds) * left / max(1, self.states["running"])
 
+    def outlook(self) -> str:
+        """The time left in words; of a search with limited time, when it ends."""
+        if self.started.until is not None:
+            return f"ends by {self.started.until.astimezone():%H:%M}"
+        return describe_time(self.seconds_left())
+
     def describe(self) -> str:
         """`5 of 7 trials ended, 14 of 21 epochs, front 3 points, about 2 min left`."""
         if self.epochs_settled >= self.epochs_total:
             outlook = "the front is being confirmed on the test gallery"
         else:
-            outlook = f"{describe_points(len(self.front()))}, {describe_time(self.seconds_left())}"
+            outlook = f"{describe_points(len(self.front()))}, {self.outlook()}"
         epochs = f"{self.epochs_settled} of {counted(self.epochs_total, 'epoch')}"
         return f"{self.ended} of {counted(self.started.trials, 'trial')} ended, {epochs}, {outlook}"
 

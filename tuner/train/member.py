@@ -223,8 +223,10 @@ def _optimizer(
         # Weight decay would pull the temperature towards 1, which nobody asked for.
         {"params": loss, "lr": spec.head_lr, "weight_decay": 0.0},
     ]
-    if lora:
-        groups.append({"params": lora, "lr": spec.lora_lr, "weight_decay": spec.weight_decay})
+    # A and B of each layer follow each other; as one group they are what checkpoints of every version hold.
+    parts = [(lora, 1.0)] if spec.lora_plus_ratio == 1.0 else [(lora[0::2], 1.0), (lora[1::2], spec.lora_plus_ratio)]
+    for part, ratio in parts if lora else ():
+        groups.append({"params": part, "lr": ratio * spec.lora_lr, "weight_decay": spec.weight_decay})
     return torch.optim.AdamW(groups, fused=True)
 
 

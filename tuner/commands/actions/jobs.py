@@ -22,7 +22,7 @@ from tuner.service.jobs.feed import EventFeed
 from tuner.space import load_space
 from tuner.storage import is_uri
 from tuner.study.progress import Progress
-from tuner.study.wording import counted, describe_config, describe_points, describe_time
+from tuner.study.wording import counted, describe_config, describe_points
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def show_status(study: str, address: str) -> None:
 
 def _describe(progress: Progress, ended: bool) -> list[str]:
     counts = ", ".join(f"{count} {state}" for state, count in progress.states.items())
-    left = "" if ended else f", {describe_time(progress.seconds_left())}"
+    left = "" if ended else f", {progress.outlook()}"
     front, metric = progress.front(), progress.metric
     lines = [f"{len(progress.trials)} of {counted(progress.started.trials, 'trial')}: {counts}{left}"]
     lines += [f"{trial.trial} {trial.state}: {trial.reason}" for trial in progress.trials if trial.reason]

@@ -54,6 +54,7 @@ class DriverOptions:
     pack: int
     max_gpus: int | None
     json: bool
+    hours: float | None = None
 
     @property
     def submits(self) -> bool:
@@ -77,7 +78,7 @@ class DriverOptions:
     def request(self, config: StudyConfig, folder: StudyFolder, storage: Storage | None) -> SearchRequest:
         """The request of this driver."""
         address = cluster_address(self.address)
-        return SearchRequest(config, folder, address, self.dashboard, self.fleet, self.loggers, storage)
+        return SearchRequest(config, folder, address, self.dashboard, self.fleet, self.loggers, storage, self.hours)
 
     @property
     def view(self) -> View:
