@@ -21,8 +21,7 @@ from tuner.patience import Patience
 from tuner.report.html import render
 from tuner.report.live import PlainView
 from tuner.report.terminal import RichView
-from tuner.search.driver import check_database
-from tuner.search.durable.database import open_database
+from tuner.search.durable.database import check_database, open_database
 from tuner.study.config import StudyRecord
 from tuner.study.folder import StudyFolder
 from tuner.study.journal import Journal

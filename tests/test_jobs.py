@@ -76,7 +76,8 @@ def printed(*events: Event) -> str:
 
 
 def test_a_view_there_is_a_view_here() -> None:
-    """What `--json` prints on the head shows a view here the very events that a view there would have been shown."""
+    """What `--json` prints on the head shows a view here the very events that a view there would have been shown, but
+    for marks that end lines."""
     events: list[Event] = [
         started(),
         begun("t0000", 77),
@@ -89,6 +90,7 @@ def test_a_view_there_is_a_view_here() -> None:
     feed = EventFeed(here, said.append)
     for line in printed(*events).split("\n"):
         feed.line(line)
+    events[3] = Message(text="confirming, ünïcode\\u2028")
     assert here.events == events
     assert said == []
 

@@ -13,8 +13,7 @@ from searches import Runs, epochs_of
 
 from tuner.report.answer import headline
 from tuner.report.html import render
-from tuner.search.driver import rule_of
-from tuner.search.stopping import StopHopeless
+from tuner.search.stopping import StopHopeless, rule_of
 from tuner.study.events import EpochDone
 from tuner.study.folder import StudyFolder
 from tuner.study.journal import read_history

@@ -1,13 +1,13 @@
-"""The processes that an embedded Ray cannot lose, and waiting for the end of one.
+"""The servers that an embedded Ray cannot lose, and waiting for the end of one.
 
-When Ray notices such an end, it ends its driver from C++, without a word: in 0.1 s where an agent has ended, since its
-raylet then ends in order. So the kernel wakes us at once where it can.
+When Ray notices such an end, it ends its driver from C++, without a word. So the kernel wakes us at once where it can.
+An agent's end is followed by its raylet's, which is what counts here: agents also come and go while Ray starts and
+ends.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
 from collections.abc import Iterable, Mapping
@@ -17,12 +17,6 @@ from typing import Any
 import psutil
 
 from tuner.leftovers import SERVERS, lives
-
-# Children of the raylet that it ends with; until they have named themselves, they are known by their program.
-AGENTS = {
-    "dashboard agent": re.compile(r"ray::DashboardAgent|.*/dashboard/agent\.py "),
-    "runtime environment agent": re.compile(r"ray::RuntimeEnvAgent|.*/runtime_env/agent/main\.py "),
-}
 
 
 class RayVitals:
@@ -62,8 +56,4 @@ def _vital_processes() -> dict[str, psutil.Process]:
     for name in SERVERS:
         for server in started.get(name, ()):
             found[name] = psutil.Process(server.process.pid)
-    for child in found["raylet"].children() if "raylet" in found else ():
-        with suppress(psutil.Error):
-            title = " ".join([*child.cmdline(), ""])
-            found |= {name: child for name, pattern in AGENTS.items() if pattern.match(title)}
     return found

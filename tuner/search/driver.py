@@ -30,7 +30,7 @@ from tuner.patience import Patience
 from tuner.report.html import write_report
 from tuner.search.budget import Budget, ends_at
 from tuner.search.durable.adopt import adopt
-from tuner.search.durable.database import open_database
+from tuner.search.durable.database import check_database, open_database
 from tuner.search.durable.driver_lock import only_driver
 from tuner.search.durable.head_lease import HeadLease
 from tuner.search.durable.mirror import checkpointed, mirrored
@@ -51,7 +51,7 @@ from tuner.search.request import (
 )
 from tuner.search.scheduler import RungScheduler
 from tuner.search.searcher import StudySearcher
-from tuner.search.stopping import NeverStop, StopHopeless, StoppingRule
+from tuner.search.stopping import StoppingRule, rule_of
 from tuner.search.tune_run import run_trials
 from tuner.study.config import StudyRecord
 from tuner.study.events import EndState, Message, TrialStarted, View
@@ -150,27 +150,6 @@ def _search(
 
 def _known_costs(spec: EncoderSpec, text_dim: int, training: Lengths, config: TrialConfig) -> dict[str, float]:
     return known_costs(spec, config, text_dim, training)
-
-
-def rule_of(record: StudyRecord) -> StoppingRule:
-    """The study's own stopping rule."""
-    if record.stopping == "never":
-        return NeverStop()
-    return StopHopeless(record.objectives, record.settings.epochs, record.space)
-
-
-def check_database(study: optuna.Study, journal: Journal) -> None:
-    """Refuse a study whose database was lost or emptied: its trials would be trained again, under the same names.
-
-    Raises:
-        StudyError: the journal has trials and the database has none.
-    """
-    known, folder = len(journal.history.trials), journal.folder
-    if known and not study.get_trials(deepcopy=False):
-        raise StudyError(
-            f"{folder.database}: has no trials, but {folder.journal.name} has {known}; restore the database, or start "
-            "a new study"
-        )
 
 
 def _training_lengths(store: Store) -> Lengths:

@@ -15,6 +15,7 @@ from typing import Protocol
 from tuner.search.curves import Gains, query_error
 from tuner.search.judgement import chance_of
 from tuner.space import SearchSpace
+from tuner.study.config import StudyRecord
 from tuner.study.history import Trial
 from tuner.study.objectives import Objective
 from tuner.study.rungs import Decision, rung_epochs
@@ -142,3 +143,10 @@ class StopHopeless:
             f"after epoch {epoch} with {metric} {trial.value(metric):.3f}: {best.trial} {costs} has "
             f"{best.value(metric):.3f}; the chance to be on the front was {hope:.1%}"
         )
+
+
+def rule_of(record: StudyRecord) -> StoppingRule:
+    """The study's own stopping rule."""
+    if record.stopping == "never":
+        return NeverStop()
+    return StopHopeless(record.objectives, record.settings.epochs, record.space)

@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from tuner.config import TrialConfig
 from tuner.errors import StudyError, TunerError, first_line
 from tuner.patience import Patience
+from tuner.study.journal import Journal
 from tuner.study.objectives import Direction
 
 P = ParamSpec("P")
@@ -46,6 +47,20 @@ def open_database(path: Path, patience: Patience, study: str, directions: Sequen
     except Exception as error:
         raise _damaged(path, error) from None
     return found
+
+
+def check_database(study: optuna.Study, journal: Journal) -> None:
+    """Refuse a study whose database was lost or emptied: its trials would be trained again, under the same names.
+
+    Raises:
+        StudyError: the journal has trials and the database has none.
+    """
+    known, folder = len(journal.history.trials), journal.folder
+    if known and not study.get_trials(deepcopy=False):
+        raise StudyError(
+            f"{folder.database}: has no trials, but {folder.journal.name} has {known}; restore the database, or start "
+            "a new study"
+        )
 
 
 def _damaged(path: Path, error: Exception) -> StudyError:
