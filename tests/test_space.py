@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from tuner.config import HeadSpec, LoraSpec, LossSpec, OptimSpec, TrialConfig
 from tuner.errors import PlacementError, SpaceError
 from tuner.search.request import fixed_configurations
 from tuner.space import SearchSpace, list_spaces, load_space
+from tuner.space.draws import draw, neighbour
+from tuner.space.grid import grid
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHIPPED = ["attention_mlp", "attention_only", "full", "placement", "query_value", "top_layers"]
@@ -490,3 +493,37 @@ def test_the_recommended_configuration_is_not_trained_twice() -> None:
 def test_a_start_outside_the_space_is_refused(entry: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SpaceError, match=re.escape(sentence)):
         space(start=[entry])
+
+
+# Random configurations without Optuna
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_random_configurations_are_of_their_space(name: str) -> None:
+    """Their values are written as the space itself writes them, and neighbours differ in one or two places."""
+    shipped, random = load_space(name), np.random.default_rng(0)
+    for _ in range(60):
+        params = draw(shipped, random)
+        config = shipped.build(params)
+        assert shipped.params_of(config) == params
+        other = neighbour(shipped, random, params)
+        assert shipped.params_of(shipped.build(other)) == other
+        free = [path for path in params if not shipped.dimensions[path].when]
+        assert sum(params[path] != other[path] for path in free) <= 2
+
+
+@pytest.mark.parametrize("name", ["query_value", "full"])
+def test_the_beginning_of_a_grid_is_spread_over_the_space(name: str) -> None:
+    shipped = load_space(name)
+    points = list(itertools.islice(grid(shipped, 0), 40))
+    assert len({str(point) for point in points}) == 40
+    for path, dimension in shipped.dimensions.items():
+        values = {point[path] for point in points if path in point}
+        assert len(values) >= min(3, dimension.count() or 3), path
+    assert all(shipped.params_of(shipped.build(point)) is not None for point in points)
+
+
+def test_a_grid_has_each_of_its_points_once() -> None:
+    points = [tuple(sorted(point.items())) for point in grid(space(), 3)]
+    linear = 4 * 3 * 4
+    assert len(points) == len(set(points)) == linear * (1 + 3)

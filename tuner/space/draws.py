@@ -30,7 +30,8 @@ class _Draw:
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
         if step is not None:
-            drawn = low + step * int(self._random.integers(round((high - low) / step) + 1))
+            # As a dimension writes its grid: 0.15, not 0.15000000000000002.
+            drawn = float(f"{low + step * int(self._random.integers(round((high - low) / step) + 1)):.12g}")
         elif log:
             drawn = math.exp(self._random.uniform(math.log(low), math.log(high)))
         else:
