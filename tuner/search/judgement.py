@@ -27,7 +27,7 @@ from tuner.study.points import Belief
 
 Array = NDArray[np.float64]
 # Complete trials before expected values select better than measured ones (`benchmarks.search_quality`).
-ENOUGH = 12
+ENOUGH = 16
 SAMPLES = 1000
 RIVALS = 40
 
