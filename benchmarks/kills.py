@@ -55,7 +55,10 @@ PAUSE_SECONDS = (0.2, 15.0)
 LOOK_SECONDS = 0.5
 # For the rest of a search that nobody disturbs any more.
 PATIENCE = 600.0
-KILLED, LOST = -signal.SIGKILL, 2
+# Our own ends: killed, Ray has gone, and Ray's C++ has ended the driver, whose child prints the sentence then.
+KILLED, LOST, WORDLESS = -signal.SIGKILL, 2, 1
+# For that child to print.
+SENTENCE_SECONDS = 1.0
 # What no kill is the cause of.
 NOT_STARTED = "Ray did not start in two tries"
 FOLDER = Path(tempfile.gettempdir()) / "tuner-kills"
@@ -187,6 +190,7 @@ class Chaos:
             struck = len(self.state.kills)
             try:
                 code, before = self._one_driver(driver, name, kills, before)
+                time.sleep(SENTENCE_SECONDS)
             finally:
                 driver.end()
             said = driver.log.read_text(encoding="utf-8", errors="replace")
@@ -237,9 +241,9 @@ class Chaos:
         last = self.state.kills[-1]
         last.code = code
         sentences = [line for line in said.splitlines() if line.startswith("tuner: ")]
-        if code not in (0, LOST, KILLED) or (code == KILLED and last.kind != "driver"):
+        if code not in (0, LOST, WORDLESS, KILLED) or (code == KILLED and last.kind != "driver"):
             last.faults.append(f"exit code {code}")
-        if code == LOST and (len(sentences) != 1 or f"--resume {name}" not in sentences[0]):
+        if code in (LOST, WORDLESS, KILLED) and (len(sentences) != 1 or f"--resume {name}" not in sentences[0]):
             last.faults.append(f"{len(sentences)} sentences")
         if "Traceback" in said:
             last.faults.append("traceback")
