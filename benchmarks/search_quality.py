@@ -59,7 +59,7 @@ class Method:
 
 METHODS = (
     Method("random", "random"),
-    Method("TPE (as Ray's OptunaSearch draws)", "tpe"),
+    Method("TPE", "tpe"),
     Method("NSGA-II", "nsga2"),
     Method("Gaussian process", "gp"),
     Method("Gaussian process, judged", "gp", judged=True),
