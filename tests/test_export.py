@@ -445,3 +445,14 @@ def test_recordings_are_found_in_folders(recordings: Path, tmp_path: Path) -> No
     for missing in (tmp_path / "nothing.wav", tmp_path):
         with pytest.raises(TunerError, match=str(missing)):
             find_recordings([missing])
+
+
+def test_a_folder_that_cannot_be_listed_is_named(recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `/`, below which the folders of processes that have ended are."""
+
+    def vanished(self: Path, pattern: str) -> list[Path]:
+        raise OSError(22, "Invalid argument", "/proc/1/task/1/net")
+
+    monkeypatch.setattr(Path, "rglob", vanished)
+    with pytest.raises(DataError, match=r"/proc/1/task/1/net: cannot be read \(Invalid argument\); give recordings"):
+        find_recordings([recordings])

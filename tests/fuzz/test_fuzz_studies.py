@@ -22,6 +22,9 @@ from tuner.search.durable.database import PatientStorage
 from tuner.study.folder import StudyFolder
 from tuner.study.journal import read_history
 
+# Of a folder of files that it was about to change.
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+
 STUDY = "mine"
 
 

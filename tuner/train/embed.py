@@ -40,13 +40,18 @@ def find_recordings(paths: Sequence[Path]) -> list[Path]:
     """Files as given, and in folders everything soundfile can read, sorted.
 
     Raises:
-        DataError: a path does not exist, or there is no recording at all.
+        DataError: a path does not exist or cannot be read, or there is no recording at all.
     """
     endings = {f".{name.lower()}" for name in soundfile.available_formats()}
     found: list[Path] = []
     for path in paths:
         if is_folder(path):
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+            try:
+                found += sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+            except OSError as error:
+                place = error.filename or path
+                reason = f"{place}: cannot be read ({error.strerror}); give recordings or folders of recordings"
+                raise DataError(reason) from None
         elif is_file(path):
             found.append(path)
         else:
