@@ -243,7 +243,12 @@ class Chaos:
         sentences = [line for line in said.splitlines() if line.startswith("tuner: ")]
         if code not in (0, LOST, WORDLESS, KILLED) or (code == KILLED and last.kind != "driver"):
             last.faults.append(f"exit code {code}")
-        if code in (LOST, WORDLESS, KILLED) and (len(sentences) != 1 or f"--resume {name}" not in sentences[0]):
+        # A driver that was killed before it had begun has nothing to resume.
+        if (
+            code in (LOST, WORDLESS, KILLED)
+            and self.study(name).record.exists()
+            and (len(sentences) != 1 or f"--resume {name}" not in sentences[0])
+        ):
             last.faults.append(f"{len(sentences)} sentences")
         if "Traceback" in said:
             last.faults.append("traceback")
