@@ -225,3 +225,15 @@ def test_a_place_is_kept_for_a_promoted_trial_before_tune_looks_at_it() -> None:
     tune.end(second, {"epoch": 1, "final": True})
     assert not tune.scheduler.has_place()
     assert tune.choose() == "t0000"
+
+
+def test_a_trial_that_tune_starts_again_keeps_its_place() -> None:
+    """Its actor died: until it is pending again it is an error, and a new trial would know less than it should."""
+    tune = Tune(NeverStop())
+    trial = tune.run(0)
+    for status in (TuneTrial.ERROR, TuneTrial.PENDING, TuneTrial.RUNNING):
+        trial.status = status
+        assert not tune.scheduler.has_place(), status
+    trial.status = TuneTrial.ERROR
+    tune.scheduler.on_trial_error(tune, trial)
+    assert tune.scheduler.has_place(), "it was given up"

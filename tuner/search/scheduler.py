@@ -76,6 +76,7 @@ class RungScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller: Stopper, trial: TuneTrial) -> None:
         """Its actor died; if Tune or the searcher starts it again, it is added again."""
         self._apply_end(trial, "failed")
+        self._trials.pop(_name(trial), None)
 
     def on_trial_result(self, tune_controller: Stopper, trial: TuneTrial, result: Mapping[str, object]) -> str:
         """Decide, if a rung is due that was not decided in an earlier session."""
@@ -139,8 +140,9 @@ class RungScheduler(FIFOScheduler):
         return [trial for trial in self._trials.values() if trial.status == TuneTrial.PAUSED]
 
     def _free(self) -> int:
-        busy = (TuneTrial.PENDING, TuneTrial.RUNNING)
-        return self.places - sum(trial.status in busy for trial in self._trials.values())
+        # A trial whose actor died stands as an error until Tune has started it again, and keeps its place meanwhile.
+        idle = (TuneTrial.PAUSED, TuneTrial.TERMINATED)
+        return self.places - sum(trial.status not in idle for trial in self._trials.values())
 
     def _end(self, trial: TuneTrial, state: EndState) -> None:
         self._apply_end(trial, state)
