@@ -121,10 +121,14 @@ class Proposer:
         seen_ND = np.stack([self._encoding.features(each.config, each.known) for each in [*measured, *pending]])
         predicted, posterior = [], []
         for index in range(len(self._measured)):
-            model = self._model(index, measured, seen_ND[: len(measured)])
+            values, extra = observed(measured, index)
+            model = Surrogate(seen_ND[: len(measured)], values, extra)
             posterior.append(model.mean(seen_ND))
             if pending:
-                model = self._believed(model, index, measured, seen_ND)
+                # The model after running trials have got what it predicts.
+                values = np.concatenate([values, posterior[-1][len(measured) :]])
+                extra = np.concatenate([extra, np.zeros(len(pending))])
+                model = Surrogate(seen_ND, values, extra, model.hyperparameters)
             predicted.append(model.predict(features_MD))
         costs_N = np.array([[each.known[cost.name] for cost in self._known] for each in [*measured, *pending]])
         points = np.column_stack([*posterior, costs_N.reshape(len(seen_ND), -1)])
@@ -141,13 +145,3 @@ class Proposer:
         corner = (float(np.min(points[:, 0])), float(max(points[:, 1].max(), positions.max())) + 0.1)
         kept = points[front(np.column_stack([points[:, 0], 10 ** points[:, 1]]), self._objectives)]
         return expected_improvement(mean, deviation, positions, kept, corner)
-
-    def _model(self, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
-        return Surrogate(features_ND, *observed(measured, index))
-
-    def _believed(self, model: Surrogate, index: int, measured: Sequence[Observation], features_ND: Array) -> Surrogate:
-        """The model after running trials have got what it predicts."""
-        values, extra = observed(measured, index)
-        expected = model.mean(features_ND[len(measured) :])
-        padded = np.concatenate([extra, np.zeros(len(expected))])
-        return Surrogate(features_ND, np.concatenate([values, expected]), padded, model.hyperparameters)
