@@ -141,7 +141,7 @@ def planned_configurations(request: SearchRequest) -> list[TrialConfig]:
 
 def _weights(request: SearchRequest, configs: list[TrialConfig]) -> tuple[int, list[Fraction]]:
     """Number of trials, and how many of them each of these configurations stands for."""
-    fixed, drawn = len(fixed_configurations()), len(configs)
+    fixed, drawn = len(fixed_configurations(request.config.space)), len(configs)
     if drawn < MAX_DRAWN or drawn <= fixed:
         return drawn, [Fraction(1)] * drawn
     trials = request.config.trials
